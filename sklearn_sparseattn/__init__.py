@@ -1,0 +1,7 @@
+"""Sparse attention for cell images, as scikit-learn estimators."""
+
+from .classifier import SparseAttnClassifier
+from .display import AttentionDisplay
+from .training import DynamicK
+
+__all__ = ["AttentionDisplay", "DynamicK", "SparseAttnClassifier"]

@@ -1,0 +1,460 @@
+"""SparseAttnClassifier: SparseAttnNet behind scikit-learn's interface.
+
+Parameters, validation and fit. The mathematics is in `network`, the training loop in `training`, what the
+fitted estimator answers in `fitted`.
+"""
+
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight
+
+from .fitted import FittedNetwork
+from .images import ImageRows, PixelScale, check_data_range, learn_data_range, validate_images
+from .inference import resolve_device
+from .network import SparseAttnNet
+from .training.batches import Batches, LabelledImages, dihedral
+from .training.dynamic_k import EMA_DECAY, GROW, K_MAX, K_MIN, MOMENTUM, SHRINK, resolve_bounds
+from .training.fit import TrainingResult, TrainingSettings, train
+from .training.net import recompute_batch_norm
+from .training.setup import class_weights, label_images, make_dynamic_k, make_generators, new_network
+from .training.split import validation_split
+
+_COUNT_OR_SHARE = [Interval(Integral, 1, None, closed="left"), Interval(Real, 0, 1, closed="right")]
+_STEP = [Interval(Integral, 0, None, closed="left"), Interval(Real, 0, 1, closed="right")]
+_POSITIVE = [Interval(Real, 0, None, closed="neither")]
+_NON_NEGATIVE = [Interval(Real, 0, None, closed="left")]
+_POSITIVE_INTEGER = [Interval(Integral, 1, None, closed="left")]
+
+
+class SparseAttnClassifier(FittedNetwork):
+    """Classify images by the few per cent of their pixels that matter (SparseAttnNet [1]_).
+
+    A small convolutional network looks at the whole image once and scores every pixel. Only the k best go
+    on, each as a token of its position and brightness; an attention of linear cost pools them, and a small
+    MLP classifies from the pooled tokens and the pooled features of the first look. k itself is learned: it
+    falls while the training loss falls, and rises when that stalls.
+
+    Parameters
+    ----------
+    k_init, k_min, k_max : int or float, default=8000/18225, 1500/18225, 1.0
+        Number of chosen pixels at the start of training, and its bounds. An int is a number of pixels, above
+        H * W it means all; a float in (0, 1] is a share of the pixels of an image.
+    k_shrink, k_grow : int or float, default=0.035, 0.06
+        How far k is pulled down by an epoch of falling loss, and up otherwise; int or share as above.
+    ema_decay : float in [0, 1), default=0.85
+        Share of the past in the moving average of the loss that steers k (beta of eq. 21).
+    k_momentum : float in [0, 1), default=0.2
+        Share of itself that k keeps in a step (alpha of eq. 23).
+    k_update : {"epoch", "batch"}, default="epoch"
+        Move k once an epoch or after every batch. The default steps are meant for epochs.
+    embed_dim : int, default=32
+        Length D of a token.
+    n_heads : int, default=2
+        Heads of the fine attention, at most `embed_dim`.
+    hidden_dim : int, default=128
+        Hidden width of the classifier. The paper has 512, which exceeds its own 0.05 M parameters.
+    focal_gamma : float, default=2.0
+        Exponent of the focal loss; 0 is cross-entropy.
+    class_weight : "balanced", dict or None, default=None
+        alpha of the focal loss by class label.
+    contrastive_weight : float, default=0.1
+        Weight of the supervised contrastive loss.
+    temperature : float, default=0.07
+        Temperature of the contrastive loss.
+    distillation_weight : float, default=0.02
+        Weight of the loss by which the fine attention teaches the coarse one.
+    distillation_emphasis : float or None, default=2.0
+        Sharpness of the two distributions it compares; None takes the form printed in the paper.
+    lr : float, default=1e-2
+        Learning rate of AdamW; with "onecycle" its peak.
+    weight_decay : float, default=1e-4
+        Of AdamW.
+    lr_schedule : {"onecycle", "plateau"} or None, default="onecycle"
+        "plateau" multiplies the rate by 0.9 after 5 epochs without gain, as in the paper.
+    max_epochs : int, default=40
+        Passes over the training rows.
+    batch_size : int, default=64
+        Greatest number of rows in a batch; batches are of nearly equal size, and of two rows at least.
+    augment : "dihedral", callable or None, default=None
+        Change training images at random: "dihedral" flips and turns them by quarters (if H != W, flips and
+        half turns). A callable is given ``(images, rng)``, images (B, C, H, W) float32 scaled to about [0, 1]
+        and a NumPy Generator, and returns images of the same shape.
+    image_shape : (H, W) or (H, W, C), default=None
+        Form of the images if X is 2-D. None takes rows as square images if their length is a square,
+        otherwise as images of one row.
+    data_range : (lo, hi), default=None
+        Values of X that become 0 and 1. None learns them, see `data_range_`.
+    validation_fraction : float in (0, 1), default=0.2
+        Share of the rows held out if early stopping or "plateau" needs them.
+    early_stopping : bool, default=False
+        Stop after `patience` epochs without a lower validation loss, and go back to the best weights.
+    patience : int, default=10
+        See `early_stopping`.
+    warm_start : bool, default=False
+        Let `fit` go on from the network and the k of the last fit instead of new ones.
+    callbacks : list of skorch callbacks, default=None
+        Further callbacks, or pairs (name, callback).
+    device : str or torch.device, default="cpu"
+        "cpu", "cuda", "cuda:1", "mps", or "auto" for what there is.
+    random_state : int, RandomState instance or None, default=None
+        Seeds weights, shuffles, validation split and augmentation. Global generators are neither read nor
+        written.
+    verbose : int, default=0
+        Above 0, a progress bar.
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (n_classes,)
+        The labels.
+    n_features_in_ : int
+        H * W * C.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the columns, if X was a DataFrame.
+    image_shape_ : tuple of (H, W, C)
+        Form of the images.
+    data_range_ : tuple of (lo, hi)
+        Values that become 0 and 1: (0, 255) for uint8, (0, 1) for bool; for sparse data and data with
+        negative values (0, max abs v), so that zero stays zero; otherwise the extremes of the training rows.
+    k_ : int
+        Pixels chosen of each image.
+    n_iter_ : int
+        Epochs trained.
+    history_ : dict of ndarray of shape (n_iter_,)
+        By epoch: "epoch", "train_loss" and its terms "focal_loss", "contrastive_loss", "distillation_loss"
+        (unweighted), "k", "lr", "duration" in seconds and, with validation rows, "valid_loss" (focal) and
+        "valid_score" (accuracy). ``pandas.DataFrame(clf.history_)`` is a table.
+    network_ : SparseAttnNet
+        The fitted PyTorch module.
+
+    See Also
+    --------
+    PixelSetTransformer : Chosen pixels as features for any other classifier.
+
+    Notes
+    -----
+    X may be (n, features), dense or sparse, (n, H, W) or (n, H, W, C), of booleans, integers or floats; after
+    `fit` the forms may be interchanged. The result for an image does not depend on what else is in the call,
+    to 1e-9. After training, the statistics of batch norm are recomputed over the training rows.
+
+    References
+    ----------
+    .. [1] Yoshai, Yagoda-Aharoni, Dotan, Shaked, "Hierarchical Sparse Attention Framework for
+       Computationally Efficient Classification of Biological Cells", arXiv 2505.07661 (2025).
+
+    Examples
+    --------
+    >>> from sklearn_sparseattn import SparseAttnClassifier
+    >>> from sklearn_sparseattn.datasets import make_cells
+    >>> cells = make_cells(100, modality="brightfield", n_classes=2, image_size=32, random_state=0)
+    >>> clf = SparseAttnClassifier(max_epochs=2, random_state=0).fit(cells.images, cells.target)
+    >>> clf.predict_proba(cells.images[:5]).shape
+    (5, 2)
+    """
+
+    history_: dict[str, np.ndarray]
+
+    _parameter_constraints: dict = {
+        "k_init": _COUNT_OR_SHARE,
+        "k_min": _COUNT_OR_SHARE,
+        "k_max": _COUNT_OR_SHARE,
+        "k_shrink": _STEP,
+        "k_grow": _STEP,
+        "ema_decay": [Interval(Real, 0, 1, closed="left")],
+        "k_momentum": [Interval(Real, 0, 1, closed="left")],
+        "k_update": [StrOptions({"batch", "epoch"})],
+        "embed_dim": _POSITIVE_INTEGER,
+        "n_heads": _POSITIVE_INTEGER,
+        "hidden_dim": _POSITIVE_INTEGER,
+        "focal_gamma": _NON_NEGATIVE,
+        "class_weight": [StrOptions({"balanced"}), dict, None],
+        "contrastive_weight": _NON_NEGATIVE,
+        "temperature": _POSITIVE,
+        "distillation_weight": _NON_NEGATIVE,
+        "distillation_emphasis": [*_POSITIVE, None],
+        "lr": _POSITIVE,
+        "weight_decay": _NON_NEGATIVE,
+        "lr_schedule": [StrOptions({"onecycle", "plateau"}), None],
+        "max_epochs": _POSITIVE_INTEGER,
+        "batch_size": _POSITIVE_INTEGER,
+        "augment": [StrOptions({"dihedral"}), callable, None],
+        "image_shape": [tuple, list, None],
+        "data_range": [tuple, list, None],
+        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
+        "early_stopping": ["boolean"],
+        "patience": _POSITIVE_INTEGER,
+        "warm_start": ["boolean"],
+        "callbacks": [list, tuple, None],
+        "device": [str, torch.device],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    def __init__(
+        self,
+        *,
+        k_init=8000 / 18225,
+        k_min=K_MIN,
+        k_max=K_MAX,
+        k_shrink=SHRINK,
+        k_grow=GROW,
+        ema_decay=EMA_DECAY,
+        k_momentum=MOMENTUM,
+        k_update="epoch",
+        embed_dim=32,
+        n_heads=2,
+        hidden_dim=128,
+        focal_gamma=2.0,
+        class_weight=None,
+        contrastive_weight=0.1,
+        temperature=0.07,
+        distillation_weight=0.02,
+        distillation_emphasis=2.0,
+        lr=1e-2,
+        weight_decay=1e-4,
+        lr_schedule="onecycle",
+        max_epochs=40,
+        batch_size=64,
+        augment=None,
+        image_shape=None,
+        data_range=None,
+        validation_fraction=0.2,
+        early_stopping=False,
+        patience=10,
+        warm_start=False,
+        callbacks=None,
+        device="cpu",
+        random_state=None,
+        verbose=0,
+    ):
+        self.k_init = k_init
+        self.k_min = k_min
+        self.k_max = k_max
+        self.k_shrink = k_shrink
+        self.k_grow = k_grow
+        self.ema_decay = ema_decay
+        self.k_momentum = k_momentum
+        self.k_update = k_update
+        self.embed_dim = embed_dim
+        self.n_heads = n_heads
+        self.hidden_dim = hidden_dim
+        self.focal_gamma = focal_gamma
+        self.class_weight = class_weight
+        self.contrastive_weight = contrastive_weight
+        self.temperature = temperature
+        self.distillation_weight = distillation_weight
+        self.distillation_emphasis = distillation_emphasis
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.lr_schedule = lr_schedule
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.augment = augment
+        self.image_shape = image_shape
+        self.data_range = data_range
+        self.validation_fraction = validation_fraction
+        self.early_stopping = early_stopping
+        self.patience = patience
+        self.warm_start = warm_start
+        self.callbacks = callbacks
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X, y, sample_weight=None, *, X_val=None, y_val=None):
+        """Fit the network to images.
+
+        Parameters
+        ----------
+        X : array-like or sparse matrix of shape (n, features), (n, H, W) or (n, H, W, C)
+            Images; booleans, integers or floats. Never copied whole.
+        y : array-like of shape (n,)
+            Class labels of any kind.
+        sample_weight : array-like of shape (n,), default=None
+            Non-negative weights; rows of weight zero are dropped first.
+        X_val, y_val : array-like, default=None
+            Rows to validate on. None holds out `validation_fraction` of X, if something uses it.
+
+        Returns
+        -------
+        self : SparseAttnClassifier
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            If a parameter or the data cannot be used; the message says which and why.
+        """
+        self._validate_params()
+        device = resolve_device(self.device)
+        fresh = not (self.warm_start and hasattr(self, "network_"))
+        images, y, weight = self._check_training_rows(X, y, sample_weight, reset=fresh)
+        if fresh:
+            self.classes_ = np.unique(y)
+            self.data_range_ = self._new_data_range(images)
+        resolve_bounds(self.k_min, self.k_max, self._n_pixels)  # an error here costs nothing yet
+        target = self._encode(y)
+        scale = PixelScale(self.data_range_)
+        rng, generator = make_generators(self.random_state)
+        held_out = self._held_out_rows(X_val, y_val, scale)
+        if held_out is None and self._needs_validation:
+            split = self._split(target, rng)
+            if split is not None:
+                kept, held = split
+                held_out = label_images(images.take(held), target[held], weight[held], scale)
+                images, target, weight = images.take(kept), target[kept], weight[kept]
+        training = label_images(images, target, weight, scale)
+
+        params = self.get_params(deep=False)
+        if fresh:
+            network = new_network(params, self.image_shape_, len(self.classes_), generator)
+        else:
+            network = self.network_
+        settings = TrainingSettings.from_params(params)
+        result = self._train(network, training, held_out, rng, device, settings)
+        recompute_batch_norm(network, Batches(training, self.batch_size), device)
+        self._finish(network, result, fresh)
+        self._resume = None
+        return self
+
+    def partial_fit(self, X, y, classes=None, sample_weight=None):
+        """Make one training pass over some rows, going on from where the last call ended.
+
+        k, its controller, the optimiser and the random generator are kept between calls. The learning rate is
+        `lr` throughout, nothing is held out, and batch norm keeps its running statistics.
+
+        Parameters
+        ----------
+        X : array-like or sparse matrix of shape (n, features), (n, H, W) or (n, H, W, C)
+            Images.
+        y : array-like of shape (n,)
+            Class labels.
+        classes : array-like of shape (n_classes,), default=None
+            All labels that will ever come; needed in the first call.
+        sample_weight : array-like of shape (n,), default=None
+            Non-negative weights.
+
+        Returns
+        -------
+        self : SparseAttnClassifier
+            The estimator.
+
+        Raises
+        ------
+        ValueError
+            If `classes` is missing in the first call or differs later, or as in `fit`.
+        """
+        self._validate_params()
+        if isinstance(self.class_weight, str):
+            raise ValueError(
+                f"class_weight={self.class_weight!r} needs all rows at once, which partial_fit does not see: "
+                "give a dict of the weights by class."
+            )
+        device = resolve_device(self.device)
+        first = not hasattr(self, "network_")
+        if first and classes is None:
+            raise ValueError("classes must be passed on the first call to partial_fit.")
+        images, y, weight = self._check_training_rows(X, y, sample_weight, reset=first)
+        if first:
+            self.classes_ = np.unique(classes)
+            self.data_range_ = self._new_data_range(images)
+        elif classes is not None and not np.array_equal(np.unique(classes), self.classes_):
+            raise ValueError(f"classes={classes!r} differ from those of the first call, {self.classes_}.")
+        resolve_bounds(self.k_min, self.k_max, self._n_pixels)  # an error here costs nothing yet
+        training = label_images(images, self._encode(y), weight, PixelScale(self.data_range_))
+
+        state = getattr(self, "_resume", None)
+        rng, generator = make_generators(self.random_state)
+        if state is not None:
+            rng = state.rng
+        params = self.get_params(deep=False)
+        if first:
+            network = new_network(params, self.image_shape_, len(self.classes_), generator)
+        else:
+            network = self.network_
+        one_pass = {"max_epochs": 1, "lr_schedule": None, "early_stopping": False}
+        settings = TrainingSettings.from_params(params, **one_pass)
+        result = self._train(network, training, None, rng, device, settings, state)
+        network.eval()
+        self._finish(network, result, first)
+        self._resume = result.resume
+        return self
+
+    @property
+    def _needs_validation(self) -> bool:
+        return self.early_stopping or self.lr_schedule == "plateau"
+
+    @property
+    def _n_pixels(self) -> int:
+        return self.image_shape_[0] * self.image_shape_[1]
+
+    def _check_training_rows(self, X, y, sample_weight, *, reset):
+        """Validate rows, labels and weights; drop the rows without weight."""
+        images, y = validate_images(self, X, y, reset=reset, image_shape=self.image_shape)
+        check_classification_targets(y)
+        if sample_weight is None:
+            return images, y, np.ones(len(y))
+        weight = _check_sample_weight(sample_weight, images.data, dtype=np.float64, ensure_non_negative=True)
+        used = np.flatnonzero(weight)
+        if not len(used):
+            raise ValueError("sample_weight is zero for every row: nothing is left to fit.")
+        return images.take(used), y[used], weight[used]
+
+    def _new_data_range(self, images: ImageRows) -> tuple[float, float]:
+        return learn_data_range(images) if self.data_range is None else check_data_range(self.data_range)
+
+    def _encode(self, y):
+        """Labels -> class indices."""
+        unknown = np.setdiff1d(y, self.classes_)
+        if len(unknown):
+            raise ValueError(f"y has labels {unknown} which are not among the classes {self.classes_}.")
+        return np.searchsorted(self.classes_, y)
+
+    def _held_out_rows(self, X_val, y_val, scale: PixelScale) -> LabelledImages | None:
+        """Validation rows that the user gave."""
+        if X_val is None and y_val is None:
+            return None
+        if X_val is None or y_val is None:
+            raise ValueError("X_val and y_val go together: one of them is None.")
+        images, y_val = validate_images(self, X_val, y_val, reset=False)
+        return label_images(images, self._encode(y_val), np.ones(len(images)), scale)
+
+    def _split(self, target, rng):
+        """Hold rows out for validation; if the classes do not allow it, say so where it was asked for."""
+        split = validation_split(target, self.validation_fraction, rng)
+        if split is None and self.early_stopping:
+            raise ValueError(
+                f"early_stopping=True needs validation rows, but validation_fraction="
+                f"{self.validation_fraction} of {len(target)} rows in {len(self.classes_)} classes leaves "
+                "too few: every class needs two rows, and both parts as many rows as there are classes. "
+                "Give X_val and y_val, or early_stopping=False."
+            )
+        return split
+
+    def _train(self, network, training, held_out, rng, device, settings, state=None) -> TrainingResult:
+        params = self.get_params(deep=False)
+        return train(
+            network,
+            training,
+            held_out,
+            settings,
+            dynamic_k=make_dynamic_k(params, self._n_pixels),
+            class_weight=class_weights(self.class_weight, self.classes_, training),
+            augment=dihedral if self.augment == "dihedral" else self.augment,
+            rng=rng,
+            device=device,
+            state=state,
+        )
+
+    def _finish(self, network: SparseAttnNet, result: TrainingResult, fresh: bool) -> None:
+        self.network_ = network
+        self.k_ = network.n_chosen(self._n_pixels)
+        past: dict[str, np.ndarray] = {} if fresh else self.history_
+        self.history_ = {
+            name: np.concatenate([past[name], column]) if name in past else column
+            for name, column in result.history.items()
+        }
+        self.n_iter_ = len(self.history_["train_loss"])

@@ -1,0 +1,376 @@
+"""X as the user has it -> batches of images.
+
+X is validated where it lies and never copied whole: rows are made dense, put into image form and scaled
+when their batch is made. Imports no other room of the package.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+from sklearn.utils.validation import validate_data
+
+ImageShape = tuple[int, int, int]
+
+# Beyond these channel counts a last axis is taken for the width of an image.
+_MOST_CHANNELS = 4
+
+
+class ImageRows:
+    """n images in whatever container they came in, read a few rows at a time.
+
+    Parameters
+    ----------
+    data : ndarray or CSR matrix
+        Validated; rows along the first axis.
+    image_shape : tuple of (H, W, C)
+        The form of each row.
+    rows : ndarray of int, default=None
+        The rows of `data` that count, in this order; None is all of them.
+    """
+
+    def __init__(self, data: Any, image_shape: ImageShape, rows: npt.NDArray[np.intp] | None = None) -> None:
+        self.data = data
+        self.image_shape = image_shape
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.data.shape[0] if self.rows is None else len(self.rows)
+
+    @property
+    def float_dtype(self) -> np.dtype:
+        """Of results that keep the precision of the images: float64 and float32 as they are, else float32."""
+        dtype = self.data.dtype
+        return np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
+
+    def take(self, rows: npt.NDArray[np.intp]) -> "ImageRows":
+        """Select some of these rows, without copying any image.
+
+        Parameters
+        ----------
+        rows : ndarray of int
+            Positions among these rows.
+
+        Returns
+        -------
+        ImageRows
+            A view on the same data.
+        """
+        return ImageRows(self.data, self.image_shape, rows if self.rows is None else self.rows[rows])
+
+    def read(self, rows: "slice | npt.NDArray[np.intp]") -> np.ndarray:
+        """Read some rows as dense images, in their own dtype.
+
+        Parameters
+        ----------
+        rows : slice or ndarray of int
+            Positions among these rows.
+
+        Returns
+        -------
+        images : ndarray of shape (b, H, W, C)
+            Possibly a view of the user's memory: not to be written.
+        """
+        chunk = self.data[rows if self.rows is None else self.rows[rows]]
+        if sparse.issparse(chunk):
+            chunk = chunk.toarray()
+        return np.asarray(chunk).reshape(-1, *self.image_shape)
+
+
+class PixelScale:
+    """The affine map from the user's numbers to about [0, 1]: (v - lo) / (hi - lo), never clipped.
+
+    Parameters
+    ----------
+    data_range : tuple of (lo, hi)
+        What becomes 0 and 1.
+    """
+
+    def __init__(self, data_range: tuple[float, float]) -> None:
+        self.low, self.high = data_range
+        span = self.high - self.low
+        # One map for every dtype: a table for uint8, float64 arithmetic for the rest, the same bits.
+        self._span = span
+        self._bytes = ((np.arange(256.0) - self.low) / span).astype(np.float32)
+
+    def __call__(self, images: np.ndarray) -> npt.NDArray[np.float32]:
+        """Scale images and put the channels first.
+
+        Parameters
+        ----------
+        images : ndarray of shape (b, H, W, C)
+            In the user's dtype.
+
+        Returns
+        -------
+        ndarray of shape (b, C, H, W), float32
+            A new array, contiguous.
+        """
+        images = np.moveaxis(images, -1, 1)
+        if images.dtype == np.uint8:
+            return np.ascontiguousarray(self._bytes[images])
+        scaled = np.ascontiguousarray(images, dtype=np.float64)
+        if self.low:
+            scaled = scaled - self.low
+        with np.errstate(over="ignore"):  # what overflows float32 is refused by `inference`
+            return (scaled / self._span).astype(np.float32)
+
+
+def check_data_range(data_range: Sequence[float]) -> tuple[float, float]:
+    """Check what the user says becomes 0 and 1.
+
+    Parameters
+    ----------
+    data_range : sequence of two float
+        (lo, hi).
+
+    Returns
+    -------
+    (lo, hi) : tuple of float
+        Finite, lo < hi.
+
+    Raises
+    ------
+    ValueError
+        If they are not.
+    """
+    try:
+        low, high = (float(value) for value in data_range)
+    except (TypeError, ValueError):
+        low, high = 0.0, 0.0
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"data_range={data_range!r} must be two finite numbers (lo, hi), lo < hi, or None.")
+    return low, high
+
+
+def learn_data_range(images: ImageRows) -> tuple[float, float]:
+    """What becomes 0 and 1, from training images (SPEC, "Scaling").
+
+    Parameters
+    ----------
+    images : ImageRows
+        The training images.
+
+    Returns
+    -------
+    (lo, hi) : tuple of float
+        (0, 255) for uint8, (0, 1) for bool; (0, max abs v) for sparse or partly negative data, so that zero
+        stays zero; otherwise the extremes.
+    """
+    dtype = images.data.dtype
+    if dtype == np.uint8:
+        return 0.0, 255.0
+    if dtype == np.bool_:
+        return 0.0, 1.0
+    low, high = extremes(images)
+    if sparse.issparse(images.data) or low < 0:
+        low, high = 0.0, max(-low, high)
+    if not high - low > 0:
+        high = low + max(1.0, abs(low))
+    return low, high
+
+
+def extremes(images: ImageRows) -> tuple[float, float]:
+    """Least and greatest value of the images that count.
+
+    Parameters
+    ----------
+    images : ImageRows
+        At least one image.
+
+    Returns
+    -------
+    (least, greatest) : tuple of float
+        Over all rows, channels and pixels.
+    """
+    chunks = (images.read(rows) for rows in chunk_slices(len(images), images.image_shape))
+    bounds = [(float(chunk.min()), float(chunk.max())) for chunk in chunks]
+    return min(low for low, _ in bounds), max(high for _, high in bounds)
+
+
+def warn_of_other_range(images: ImageRows, data_range: tuple[float, float]) -> None:
+    """Warn if the images seem to be in other units than those of the fit.
+
+    Parameters
+    ----------
+    images : ImageRows
+        The images to be classified.
+    data_range : tuple of (lo, hi)
+        Learned in the fit.
+
+    Warns
+    -----
+    UserWarning
+        If the range of values is below 1 % or above 10 times that of the fit. Images that are constant
+        throughout tell nothing and pass.
+    """
+    if not len(images):
+        return
+    low, high = extremes(images)
+    share = (high / 2 - low / 2) / (data_range[1] / 2 - data_range[0] / 2)
+    if share > 10 or 0 < share < 0.01:
+        warnings.warn(
+            f"X ranges over [{low:.6g}, {high:.6g}], but the classifier was fitted to data_range_="
+            f"{data_range}: is it in the units of the training images?",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def chunk_slices(n_rows: int, image_shape: ImageShape, n_values: int = 2**19) -> Iterator[slice]:
+    """Cut rows into slices of about `n_values` numbers each: bounded memory, and little a chunk.
+
+    Parameters
+    ----------
+    n_rows : int
+        Rows to cut.
+    image_shape : tuple of (H, W, C)
+        The form of each row.
+    n_values : int, default=2**19
+        Numbers in a slice, about.
+
+    Yields
+    ------
+    slice
+        Consecutive rows, never empty.
+    """
+    step = max(1, n_values // math.prod(image_shape))
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))
+
+
+def validate_images(
+    estimator: Any,
+    X: Any,
+    y: Any = "no_validation",
+    *,
+    reset: bool,
+    image_shape: Sequence[int] | None = None,
+) -> tuple[ImageRows, Any]:
+    """Check X (and y) as scikit-learn does, and find the form of its images.
+
+    With ``reset=True`` this sets ``n_features_in_``, ``image_shape_`` and, for a DataFrame,
+    ``feature_names_in_``; otherwise X is held against them.
+
+    Parameters
+    ----------
+    estimator : estimator
+        On which the attributes are set or read.
+    X : array-like or sparse matrix
+        (n, features), (n, H, W) or (n, H, W, C).
+    y : array-like, default="no_validation"
+        Targets, checked with X if given.
+    reset : bool
+        Whether this is a fit.
+    image_shape : sequence of int, default=None
+        (H, W) or (H, W, C): the user's word for it, in a fit.
+
+    Returns
+    -------
+    images : ImageRows
+        The rows.
+    y : ndarray or "no_validation"
+        The checked targets.
+
+    Raises
+    ------
+    ValueError
+        If X is no set of images of one size, holds NaN or infinity, or differs from the fit.
+    """
+    _refuse_mixed_sizes(X)
+    checked = validate_data(estimator, X, y, reset=reset, accept_sparse="csr", ensure_2d=False, allow_nd=True)
+    data, y = checked if isinstance(checked, tuple) else (checked, y)
+    name = type(estimator).__name__
+    if data.ndim < 2:
+        raise ValueError(
+            f"Expected 2D, 3D or 4D array, got {data.ndim}D array instead. Reshape your data using "
+            "X.reshape(1, -1) if it is a single image, X.reshape(-1, 1) if its images have one pixel."
+        )
+    if reset:
+        shape = _new_shape(data.shape, image_shape)
+        estimator.image_shape_ = shape
+        estimator.n_features_in_ = math.prod(shape)
+    else:
+        _check_shape(data.shape, estimator.image_shape_, name)
+    return ImageRows(data, estimator.image_shape_), y
+
+
+def _refuse_mixed_sizes(X: Any) -> None:
+    """Name the remedy for a list of images that do not stack."""
+    of_objects = isinstance(X, np.ndarray) and X.dtype.kind == "O" and X.ndim == 1
+    if of_objects or isinstance(X, list | tuple):
+        shapes = {np.shape(image) for image in X if hasattr(image, "shape")}
+        if len(shapes) > 1:
+            examples = ", ".join(map(str, sorted(shapes)[:3]))
+            raise ValueError(
+                f"X holds images of {len(shapes)} different shapes ({examples}...); all must be the same. "
+                "Crop or resize them first, for instance with sklearn_sparseattn.datasets."
+                "load_image_folder(path, crop=..., image_size=...)."
+            )
+
+
+def _new_shape(shape: tuple[int, ...], image_shape: Sequence[int] | None) -> ImageShape:
+    """(H, W, C) of X in a fit."""
+    given = None if image_shape is None else _full_shape(image_shape)
+    if len(shape) == 2:
+        return _shape_of_rows(shape[1], given)
+    if len(shape) > 4 or 0 in shape:
+        raise ValueError(f"X has shape {shape}: (n, features), (n, H, W) or (n, H, W, C) is expected.")
+    own = (*shape[1:], 1) if len(shape) == 3 else shape[1:]
+    if given is not None and own != given:
+        raise ValueError(f"image_shape={tuple(image_shape or ())} does not fit X of shape {shape}.")
+    if given is None and _channels_first(shape):
+        raise ValueError(
+            f"X has shape {shape}, which looks like channels first. Channels come last here: "
+            "use np.moveaxis(X, 1, -1), or say image_shape=(H, W, C) if the shape is meant so."
+        )
+    return own  # type: ignore[return-value]
+
+
+def _full_shape(image_shape: Sequence[int]) -> ImageShape:
+    if len(image_shape) not in (2, 3) or not all(
+        isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in image_shape
+    ):
+        raise ValueError(
+            f"image_shape={image_shape!r} is no image shape: (H, W) or (H, W, C) of positive integers."
+        )
+    height, width, channels = (*map(int, image_shape), 1)[:3]
+    return height, width, channels
+
+
+def _shape_of_rows(n_features: int, given: ImageShape | None) -> ImageShape:
+    if given is not None:
+        if math.prod(given) != n_features:
+            raise ValueError(
+                f"image_shape={given} has {math.prod(given)} values, but the rows of X have {n_features} "
+                "features."
+            )
+        return given
+    side = math.isqrt(n_features)
+    return (side, side, 1) if side * side == n_features else (1, n_features, 1)
+
+
+def _channels_first(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 4 and shape[1] in (1, 3) and shape[3] > _MOST_CHANNELS
+
+
+def _check_shape(shape: tuple[int, ...], expected: ImageShape, name: str) -> None:
+    """Hold the shape of X against that of the fit."""
+    if len(shape) == 2:
+        n_features = math.prod(expected)
+        if shape[1] != n_features:
+            raise ValueError(
+                f"X has {shape[1]} features, but {name} is expecting {n_features} features as input."
+            )
+        return
+    own = (*shape[1:], 1) if len(shape) == 3 else shape[1:]
+    if own != expected:
+        hint = " Channels come last: use np.moveaxis(X, 1, -1)." if _channels_first(shape) else ""
+        raise ValueError(
+            f"X has images of shape {own}, but {name} was fitted to (H, W, C) = {expected}.{hint}"
+        )

@@ -1,0 +1,177 @@
+"""SparseAttnNet: coarse attention, selection, fine attention and fusion, in this order."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .coarse import CoarseAttention
+from .fine import FineAttention, PixelEmbedding
+from .fusion import FusionClassifier
+from .selection import pixel_tokens, select_pixel_set
+
+
+class SparseAttnOutput(NamedTuple):
+    """All that one pass of `SparseAttnNet` gives.
+
+    Attributes
+    ----------
+    logits : Tensor of shape (B, n_classes)
+        Before the softmax.
+    features : Tensor of shape (B, D + F)
+        f = [z_fine ; z_coarse], eq. 14.
+    scores : Tensor of shape (B, H, W)
+        Coarse attention before the sigmoid.
+    pixels : Tensor of shape (B, k), int64
+        Row-major indices of the chosen pixels, ascending.
+    attention : Tensor of shape (B, k)
+        Fine attention of the chosen pixels, non-negative.
+    contribution : Tensor of shape (B, k)
+        Signed weights w_j of the chosen pixels in z_fine.
+    """
+
+    logits: Tensor
+    features: Tensor
+    scores: Tensor
+    pixels: Tensor
+    attention: Tensor
+    contribution: Tensor
+
+
+class SparseAttnNet(nn.Module):
+    """Look once at everything, choose k pixels, attend to those alone, classify [1]_.
+
+    Parameters
+    ----------
+    n_channels : int
+        Channels of the images, C.
+    n_classes : int
+        Number of classes.
+    k : float
+        Pixels to choose; used as ``floor(k + 0.5)``, at least 1 and at most H * W.
+    embed_dim : int, default=32
+        Length D of a token.
+    n_heads : int, default=2
+        Heads of the fine attention.
+    hidden_dim : int, default=128
+        Hidden width of the classifier.
+    strides : tuple of three int, default=(2, 2, 2)
+        Of the coarse network, see `CoarseAttention`.
+    normalize_fine : bool, default=True
+        Layer norm on z_fine before the fusion: the two halves of f come at the same scale. The paper does
+        not mention one.
+
+    Attributes
+    ----------
+    k : Tensor, float64 scalar on the CPU
+        A buffer, so that it is saved and restored with the weights; `DynamicK` moves it.
+
+    References
+    ----------
+    .. [1] Yoshai, Yagoda-Aharoni, Dotan, Shaked, "Hierarchical Sparse Attention Framework for
+       Computationally Efficient Classification of Biological Cells", arXiv 2505.07661 (2025).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sklearn_sparseattn.network import SparseAttnNet
+    >>> net = SparseAttnNet(n_channels=1, n_classes=3, k=50).eval()
+    >>> out = net(torch.rand(4, 1, 20, 30))
+    >>> out.logits.shape, out.pixels.shape
+    (torch.Size([4, 3]), torch.Size([4, 50]))
+    """
+
+    k: Tensor
+
+    def __init__(
+        self,
+        n_channels: int,
+        n_classes: int,
+        k: float,
+        *,
+        embed_dim: int = 32,
+        n_heads: int = 2,
+        hidden_dim: int = 128,
+        strides: tuple[int, int, int] = (2, 2, 2),
+        normalize_fine: bool = True,
+    ) -> None:
+        super().__init__()
+        self.coarse = CoarseAttention(n_channels, strides=strides)
+        self.embedding = PixelEmbedding(n_channels, embed_dim)
+        self.fine = FineAttention(embed_dim, n_heads)
+        self.fine_norm = nn.LayerNorm(embed_dim) if normalize_fine else nn.Identity()
+        self.fusion = FusionClassifier(embed_dim + self.coarse.n_features, n_classes, hidden_dim)
+        self.register_buffer("k", torch.tensor(float(k), dtype=torch.float64, device="cpu"))
+
+    def forward(self, images: Tensor) -> SparseAttnOutput:
+        """Classify images.
+
+        Parameters
+        ----------
+        images : Tensor of shape (B, C, H, W)
+            Images scaled to about [0, 1].
+
+        Returns
+        -------
+        SparseAttnOutput
+            Logits, features, and where they came from.
+        """
+        scores, z_coarse = self.coarse(images)
+        pixels = select_pixel_set(scores, self.n_chosen(scores[0].numel()))
+        hidden = self.embedding.hidden(pixel_tokens(images, pixels))
+        z_fine, attention, contribution = self.fine.attend(hidden, self.embedding.out)
+        features = torch.cat([self.fine_norm(z_fine), z_coarse], dim=1)
+        return SparseAttnOutput(self.fusion(features), features, scores, pixels, attention, contribution)
+
+    def n_chosen(self, n_pixels: int) -> int:
+        """Pixels chosen of an image that has `n_pixels`.
+
+        Parameters
+        ----------
+        n_pixels : int
+            H * W.
+
+        Returns
+        -------
+        int
+            ``floor(k + 0.5)`` within [1, n_pixels].
+        """
+        return min(max(math.floor(self.k.item() + 0.5), 1), n_pixels)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew, leaving k as it is.
+
+        Parameters
+        ----------
+        generator : torch.Generator, default=None
+            Source of the numbers; None is PyTorch's global one.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear):
+                _reset_linear(module, generator)
+            elif isinstance(module, FineAttention):
+                module.reset_parameters(generator)
+            elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm):
+                module.reset_parameters()  # ones and zeros: nothing is drawn
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseAttnNet":
+        # k steers Python code, not tensors: moved to a device, every pass would wait for it, and
+        # half precision could not hold it.
+        k = self.k
+        super()._apply(fn, recurse)
+        self._buffers["k"] = k
+        return self
+
+
+def _reset_linear(layer: nn.Linear, generator: torch.Generator | None) -> None:
+    """PyTorch's own default for a linear layer, from a given generator."""
+    nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+    if layer.bias is not None:
+        bound = 1 / math.sqrt(layer.in_features)
+        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)

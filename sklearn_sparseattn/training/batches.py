@@ -1,0 +1,170 @@
+"""Training rows -> batches of scaled images, targets and weights.
+
+Nothing is copied but the batch at hand, and every random number comes from the generator given.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..images import ImageRows, PixelScale
+
+Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+Batch = tuple[Tensor, tuple[Tensor, Tensor]]
+
+
+class LabelledImages(Dataset):
+    """Images, class indices and weights, row by row.
+
+    Parameters
+    ----------
+    images : ImageRows
+        n images.
+    target : ndarray of shape (n,), int64
+        Class indices.
+    weight : ndarray of shape (n,)
+        Sample weights, already normalised.
+    scale : PixelScale
+        From the user's numbers to [0, 1].
+    """
+
+    def __init__(self, images: ImageRows, target: np.ndarray, weight: np.ndarray, scale: PixelScale) -> None:
+        self.images = images
+        self.target = torch.from_numpy(np.asarray(target, dtype=np.int64))
+        self.weight = torch.from_numpy(np.asarray(weight, dtype=np.float32))
+        self.scale = scale
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(
+        self,
+        rows: npt.NDArray[np.intp],
+        augment: Augmentation | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Batch:
+        """Make one batch.
+
+        Parameters
+        ----------
+        rows : ndarray of int
+            Which rows.
+        augment : callable, default=None
+            Applied to the scaled images.
+        rng : numpy.random.Generator, default=None
+            For `augment`.
+
+        Returns
+        -------
+        images : Tensor of shape (b, C, H, W), float32
+            Scaled.
+        (target, weight) : tuple of Tensor of shape (b,)
+            Class indices and weights.
+        """
+        images = self.scale(self.images.read(rows))
+        if augment is not None and rng is not None:
+            images = _augmented(images, augment, rng)
+        return torch.from_numpy(images), (self.target[rows], self.weight[rows])
+
+
+def _augmented(images: np.ndarray, augment: Augmentation, rng: np.random.Generator) -> np.ndarray:
+    result = np.ascontiguousarray(augment(images, rng), dtype=np.float32)
+    if result.shape != images.shape:
+        raise ValueError(
+            f"augment turned images of shape {images.shape} into {result.shape}; the shape must stay."
+        )
+    return result
+
+
+class Batches:
+    """Iterate over a `LabelledImages` in batches of nearly equal size.
+
+    A batch never has one row unless there is only one: batch norm needs two.
+
+    Parameters
+    ----------
+    dataset : LabelledImages
+        The rows.
+    batch_size : int
+        Greatest number of rows in a batch (2 if 1 is asked for).
+    rng : numpy.random.Generator, default=None
+        Shuffles the rows anew in every pass and drives `augment`; None keeps their order.
+    augment : callable, default=None
+        ``augment(images, rng)``.
+    """
+
+    def __init__(
+        self,
+        dataset: LabelledImages,
+        batch_size: int,
+        rng: np.random.Generator | None = None,
+        augment: Augmentation | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.rng = rng
+        self.augment = augment
+        self.n_batches = count_batches(len(dataset), batch_size)
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        n_rows = len(self.dataset)
+        order = np.arange(n_rows) if self.rng is None else self.rng.permutation(n_rows)
+        for rows in np.array_split(order, self.n_batches):
+            # Sorted, a memory map is read forwards.
+            yield self.dataset.read(np.sort(rows), self.augment, self.rng)
+
+
+def count_batches(n_rows: int, batch_size: int) -> int:
+    """Batches in a pass: none above `batch_size` rows, none of a single row if that can be.
+
+    Parameters
+    ----------
+    n_rows : int
+        Rows in all.
+    batch_size : int
+        Greatest number of rows in a batch.
+
+    Returns
+    -------
+    int
+        At least 1.
+    """
+    return max(1, min(math.ceil(n_rows / batch_size), n_rows // 2))
+
+
+def dihedral(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Flip and turn each image at random: 8 ways if it is square, otherwise the 4 that keep its shape.
+
+    Parameters
+    ----------
+    images : ndarray of shape (B, C, H, W)
+        The images.
+    rng : numpy.random.Generator
+        Source of the choices.
+
+    Returns
+    -------
+    ndarray of shape (B, C, H, W)
+        A new array.
+    """
+    square = images.shape[2] == images.shape[3]
+    choice = rng.integers(8 if square else 4, size=len(images))
+    result = np.empty_like(images)
+    for way in np.unique(choice):
+        chosen = choice == way
+        turned = images[chosen]
+        if way & 1:
+            turned = turned[:, :, ::-1]
+        if way & 2:
+            turned = turned[:, :, :, ::-1]
+        if way & 4:
+            turned = turned.swapaxes(2, 3)
+        result[chosen] = turned
+    return result

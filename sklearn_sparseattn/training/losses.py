@@ -1,0 +1,191 @@
+"""The three terms of the training loss: focal, contrastive and distillation.
+
+Plain functions of tensors, for float32 and float64 on any device. None of them waits for the
+device: no value of a tensor decides a branch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    gamma: float = 2.0,
+    class_weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    r"""Cross entropy that looks less at what is already right, eq. 16 of [1]_.
+
+    Parameters
+    ----------
+    logits : Tensor of shape (B, n_classes), float32 or float64
+        Class scores before the softmax, finite.
+    target : Tensor of shape (B,), int64
+        Class of each row, in [0, n_classes).
+    gamma : float, default=2.0
+        Focus, >= 0. 0 is cross entropy.
+    class_weight : Tensor of shape (n_classes,), default=None
+        alpha, >= 0, of the dtype and on the device of `logits`. None is 1 for every class.
+    sample_weight : Tensor of shape (B,), default=None
+        w, >= 0, of the dtype and on the device of `logits`. None is 1 for every row.
+
+    Returns
+    -------
+    loss : Tensor, scalar
+        >= 0, and 0 with a gradient of 0 if all sample weights are 0.
+
+    Notes
+    -----
+    With p_y the softmax probability of the target y, the loss is
+
+    .. math:: \sum_i w_i \alpha_{y_i} (1 - p_{y_i})^\gamma (-\log p_{y_i}) / \sum_i w_i .
+
+    [1]_ prints a sum over the batch; a mean keeps the learning rate free of the batch size.
+
+    References
+    ----------
+    .. [1] Yoshai, Yagoda-Aharoni, Dotan, Shaked, "Hierarchical Sparse Attention Framework for
+       Computationally Efficient Classification of Biological Cells", arXiv 2505.07661 (2025).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sklearn_sparseattn.training import focal_loss
+    >>> logits, target = torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1])
+    >>> focal_loss(logits, target).item() < focal_loss(logits, target, gamma=0.0).item()
+    True
+    """
+    cross_entropy = F.cross_entropy(logits, target, reduction="none")
+    # 1 - p without cancellation. At p = 1 the power's slope is infinite for gamma < 1; times the
+    # cross entropy, 0 there, it would be NaN. From `tiny` on it is finite, and the product is 0.
+    tiny = torch.finfo(logits.dtype).tiny
+    miss = (-torch.expm1(-cross_entropy)).clamp(min=tiny)
+    loss = miss.pow(gamma) * cross_entropy
+    if class_weight is not None:
+        loss = loss * class_weight[target]
+    if sample_weight is None:
+        return loss.mean()
+    total = sample_weight.sum()
+    return torch.dot(sample_weight, loss) / torch.where(total > 0, total, 1.0)
+
+
+def contrastive_loss(features: Tensor, target: Tensor, *, temperature: float = 0.07) -> Tensor:
+    r"""Supervised contrastive loss: features of one class together, the rest apart, eq. 17 of [1]_.
+
+    Parameters
+    ----------
+    features : Tensor of shape (B, F), float32 or float64
+        One vector a row, finite, of any length; a vector of zeros is similar to nothing.
+    target : Tensor of shape (B,), int64
+        Class of each row.
+    temperature : float, default=0.07
+        tau, > 0.
+
+    Returns
+    -------
+    loss : Tensor, scalar
+        >= 0. Exactly 0 with a gradient of exactly 0 if no two rows share a class.
+
+    Notes
+    -----
+    L_out of [2]_: with z the features at unit length, P(i) the other rows of the class of row i,
+    and I the rows for which P(i) is not empty,
+
+    .. math::
+       \frac{1}{|I|} \sum_{i \in I} \frac{-1}{|P(i)|} \sum_{p \in P(i)}
+       \log \frac{\exp(z_i \cdot z_p / \tau)}{\sum_{a \ne i} \exp(z_i \cdot z_a / \tau)} .
+
+    [1]_ prints the denominator with a = i in it; [2]_, which it cites, leaves it out, as here.
+
+    References
+    ----------
+    .. [1] Yoshai, Yagoda-Aharoni, Dotan, Shaked, "Hierarchical Sparse Attention Framework for
+       Computationally Efficient Classification of Biological Cells", arXiv 2505.07661 (2025).
+    .. [2] Khosla et al., "Supervised Contrastive Learning", NeurIPS (2020), arXiv 2004.11362.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sklearn_sparseattn.training import contrastive_loss
+    >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+    >>> together = contrastive_loss(features, torch.tensor([0, 0, 1, 1]))
+    >>> together.item() < contrastive_loss(features, torch.tensor([0, 1, 0, 1])).item()
+    True
+    """
+    norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    # 1 for a zero vector: a small epsilon there would make its gradient enormous.
+    z = features / torch.where(norm > 0, norm, 1.0)
+    itself = torch.eye(len(features), dtype=torch.bool, device=features.device)
+    # The lowest finite number, not -inf: a lone row must not give inf - inf.
+    lowest = torch.finfo(features.dtype).min
+    log_share = ((z / temperature) @ z.T).masked_fill(itself, lowest).log_softmax(dim=1)
+    positive = (target[:, None] == target).masked_fill(itself, False)
+    n_positives = positive.sum(1, keepdim=True)
+    n_anchors = (n_positives > 0).sum()
+    weight = positive.to(features.dtype) / (n_positives * n_anchors).clamp(min=1)
+    return -(weight * log_share).sum()
+
+
+def distillation_loss(
+    coarse_scores: Tensor, fine_attention: Tensor, *, emphasis: float | None = 2.0
+) -> Tensor:
+    r"""Teach the coarse attention what the fine attention found, eq. 18-19 of [1]_.
+
+    Parameters
+    ----------
+    coarse_scores : Tensor of shape (B, k), float32 or float64
+        Coarse attention at the chosen pixels, before the sigmoid.
+    fine_attention : Tensor of shape (B, k), as `coarse_scores`
+        Fine attention of the same pixels, non-negative. It is the teacher and gets no gradient.
+    emphasis : float or None, default=2.0
+        Contrast of the two distributions, > 0; None is the loss as printed.
+
+    Returns
+    -------
+    loss : Tensor, scalar
+        >= 0 up to rounding; 0 for k = 1.
+
+    Notes
+    -----
+    KL(P_coarse || P_fine) over the k pixels, as a mean over the batch,
+
+    .. math:: \frac{1}{B} \sum_b \sum_j P^c_{bj} (\log P^c_{bj} - \log P^f_{bj}) .
+
+    As printed, P^c = softmax(sigmoid(scores)) and P^f = softmax(attention): softmax over values in
+    (0, 1), almost uniform on both sides. With an emphasis m both sides s, the raw scores and the
+    attention, are standardised over the pixels of their image,
+    P = softmax(m (s - mean) / (sd + 1e-6)), with the population standard deviation.
+
+    References
+    ----------
+    .. [1] Yoshai, Yagoda-Aharoni, Dotan, Shaked, "Hierarchical Sparse Attention Framework for
+       Computationally Efficient Classification of Biological Cells", arXiv 2505.07661 (2025).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sklearn_sparseattn.training import distillation_loss
+    >>> attention = torch.tensor([[0.1, 0.2, 0.4]])
+    >>> round(distillation_loss(10 * attention, attention).item(), 4)
+    0.0
+    """
+    fine = fine_attention.detach()
+    if emphasis is None:
+        coarse = coarse_scores.sigmoid()
+    else:
+        coarse = emphasis * _standardize(coarse_scores)
+        fine = emphasis * _standardize(fine)
+    # kl_div(input, target) is KL(target || input).
+    return F.kl_div(
+        fine.log_softmax(1), coarse.log_softmax(1), reduction="batchmean", log_target=True
+    )
+
+
+def _standardize(values: Tensor) -> Tensor:
+    """Rows at mean 0 and about unit population standard deviation; a constant row at 0."""
+    # std_mean's own backward gives 0 where the deviation is 0; that of var().sqrt() is infinite.
+    deviation, mean = torch.std_mean(values, dim=1, correction=0, keepdim=True)
+    return (values - mean) / (deviation + 1e-6)

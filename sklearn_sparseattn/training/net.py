@@ -1,0 +1,202 @@
+"""The skorch net that trains a SparseAttnNet: what a batch costs, and what is written down of it."""
+
+from typing import Any
+
+import skorch
+import torch
+from skorch.callbacks import Callback
+from torch import Tensor, nn
+
+from ..network import SparseAttnOutput
+from .losses import contrastive_loss, distillation_loss, focal_loss
+
+LOSS_TERMS = ("focal_loss", "contrastive_loss", "distillation_loss")
+
+
+class SparseAttnLoss(nn.Module):
+    """Focal + contrastive + distillation loss of a batch (eq. 20 in [1]_).
+
+    Parameters
+    ----------
+    focal_gamma : float
+        Exponent of the focal loss.
+    class_weight : Tensor of shape (n_classes,)
+        alpha by class.
+    contrastive_weight, temperature : float
+        Weight and temperature of the contrastive loss.
+    distillation_weight : float
+        Weight of the distillation loss.
+    distillation_emphasis : float or None
+        See `distillation_loss`.
+
+    References
+    ----------
+    .. [1] Yoshai et al., arXiv 2505.07661 (2025).
+    """
+
+    class_weight: Tensor
+
+    def __init__(
+        self,
+        focal_gamma: float,
+        class_weight: Tensor,
+        contrastive_weight: float,
+        temperature: float,
+        distillation_weight: float,
+        distillation_emphasis: float | None,
+    ) -> None:
+        super().__init__()
+        self.focal_gamma = focal_gamma
+        self.register_buffer("class_weight", class_weight)
+        self.contrastive_weight = contrastive_weight
+        self.temperature = temperature
+        self.distillation_weight = distillation_weight
+        self.distillation_emphasis = distillation_emphasis
+
+    def focal(self, output: SparseAttnOutput, target: Tensor, weight: Tensor) -> Tensor:
+        """sum(w l) / B: weights that were normalised over all rows keep their meaning in a batch."""
+        loss = focal_loss(
+            output.logits,
+            target,
+            gamma=self.focal_gamma,
+            class_weight=self.class_weight,
+            sample_weight=weight,
+        )
+        return loss * weight.mean()
+
+    def forward(self, output: SparseAttnOutput, target: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """Compute the terms and their weighted sum.
+
+        Parameters
+        ----------
+        output : SparseAttnOutput
+            Of a training pass.
+        target : Tensor of shape (B,), int64
+            Class indices.
+        weight : Tensor of shape (B,)
+            Sample weights, of mean 1 over the training rows.
+
+        Returns
+        -------
+        dict of Tensor
+            The three terms, unweighted, and "total".
+        """
+        focal = self.focal(output, target, weight)
+        # A term without weight is still written down, but costs no backward pass.
+        features = output.features if self.contrastive_weight else output.features.detach()
+        scores = output.scores if self.distillation_weight else output.scores.detach()
+        contrastive = contrastive_loss(features, target, temperature=self.temperature)
+        distillation = distillation_loss(
+            scores.flatten(1).gather(1, output.pixels),
+            output.attention,
+            emphasis=self.distillation_emphasis,
+        )
+        total = focal + self.contrastive_weight * contrastive + self.distillation_weight * distillation
+        terms = dict(zip(LOSS_TERMS, (focal, contrastive, distillation), strict=True))
+        return {**terms, "total": total}
+
+
+class SparseAttnTrainer(skorch.NeuralNet):
+    """A skorch net whose batches are ``(images, (target, weight))``."""
+
+    def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
+        """Train on a batch; one of a single row uses the running statistics of batch norm."""
+        self._set_training(len(batch[0]) > 1)
+        images, labels = batch
+        output = self.infer(images, **fit_params)
+        loss = self.get_loss(output, labels, X=images, training=True)
+        loss.backward()
+        return {"loss": loss, "y_pred": output}
+
+    def get_loss(self, y_pred: Any, y_true: Any, X: Any = None, training: bool = False) -> Tensor:
+        """Total loss in training, focal loss in validation: the other terms depend on the batch."""
+        target, weight = (part.to(y_pred.logits.device, non_blocking=True) for part in y_true)
+        if training:
+            terms = self.criterion_(y_pred, target, weight)
+            for name in LOSS_TERMS:
+                self.history.record_batch(name, terms[name].item())
+            return terms["total"]
+        correct = (y_pred.logits.argmax(1) == target).float()
+        accuracy = (correct * weight).sum() / weight.sum()
+        self.history.record_batch("valid_score", accuracy.item())
+        return self.criterion_.focal(y_pred, target, weight)
+
+
+class LearningRate(Callback):
+    """Write the learning rate of each epoch's last step into the history, as ``lr``."""
+
+    def on_epoch_end(self, net: skorch.NeuralNet, **kwargs: Any) -> None:
+        """Record ``lr``.
+
+        Parameters
+        ----------
+        net : skorch.NeuralNet
+            In training.
+        **kwargs : dict
+            Not used.
+        """
+        net.history.record("lr", float(net.optimizer_.param_groups[0]["lr"]))
+
+
+class ProgressBar(Callback):
+    """A tqdm bar over the epochs, with the loss and k.
+
+    Parameters
+    ----------
+    n_epochs : int
+        Length of the bar.
+    """
+
+    def __init__(self, n_epochs: int) -> None:
+        self.n_epochs = n_epochs
+
+    def on_train_begin(self, net: skorch.NeuralNet, X: Any = None, y: Any = None, **kwargs: Any) -> None:
+        """Open the bar."""
+        from tqdm.auto import tqdm
+
+        self.bar_ = tqdm(total=self.n_epochs, unit="epoch", desc="SparseAttnClassifier")
+
+    def on_epoch_end(self, net: skorch.NeuralNet, **kwargs: Any) -> None:
+        """Move the bar on."""
+        shown = {"loss": f"{net.history[-1, 'train_loss']:.4f}", "k": f"{net.history[-1, 'k']:.0f}"}
+        if "valid_loss" in net.history[-1]:
+            shown["valid"] = f"{net.history[-1, 'valid_loss']:.4f}"
+        self.bar_.set_postfix(shown)
+        self.bar_.update()
+
+    def on_train_end(self, net: skorch.NeuralNet, X: Any = None, y: Any = None, **kwargs: Any) -> None:
+        """Close the bar."""
+        self.bar_.close()
+
+
+@torch.no_grad()
+def recompute_batch_norm(network: nn.Module, batches: Any, device: torch.device) -> None:
+    """Replace the running statistics of batch norm by those over `batches`, at the weights as they are.
+
+    During training they trail behind the weights, and mix the values of k it went through.
+
+    Parameters
+    ----------
+    network : nn.Module
+        Trained; left in evaluation mode.
+    batches : iterable of (images, ...)
+        Unaugmented training rows; batches of one row are left out.
+    device : torch.device
+        Where the network is.
+    """
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    network.eval()
+    for norm in norms:
+        norm.train()
+    try:
+        for i, (images, *_) in enumerate(batches):
+            if len(images) == 1:
+                continue
+            for norm in norms:
+                norm.momentum = 1 / (i + 1)  # the first batch replaces, the rest average
+            network(images.to(device))
+    finally:
+        network.eval()
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -1,0 +1,415 @@
+"""The losses against their equations, written out in loops in float64, and at their edges."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sklearn_sparseattn.training import contrastive_loss, distillation_loss, focal_loss
+
+seeds = st.integers(0, 2**32 - 1)
+scales = st.sampled_from([1e-3, 0.1, 1.0, 10.0, 100.0])
+dtypes = st.sampled_from([torch.float32, torch.float64])
+
+
+def tensor(values, dtype=torch.float64, grad=False):
+    return torch.tensor(np.asarray(values), dtype=dtype, requires_grad=grad)
+
+
+def close(loss, reference, *, rtol=None, atol=None):
+    """Held to the precision of the loss's own dtype."""
+    eps = torch.finfo(loss.dtype).eps
+    rtol, atol = rtol or 200 * eps, atol or 200 * eps
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(reference, rel=rtol, abs=atol)
+
+
+def gradient(loss, leaf):
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert torch.isfinite(grad).all()
+    return grad
+
+
+def log_softmax(row):
+    shift = max(row)
+    total = math.log(sum(math.exp(value - shift) for value in row))
+    return [value - shift - total for value in row]
+
+
+# ---------------------------------------------------------------------------------------- focal
+
+
+def focal_reference(logits, target, gamma, class_weight=None, sample_weight=None):
+    total, norm = 0.0, 0.0
+    for i, (row, y) in enumerate(zip(logits, target, strict=True)):
+        log_p = log_softmax(row)
+        # 1 - p_y as the sum of the others, which does not cancel
+        miss = sum(math.exp(value) for c, value in enumerate(log_p) if c != y)
+        alpha = 1.0 if class_weight is None else class_weight[y]
+        weight = 1.0 if sample_weight is None else sample_weight[i]
+        total += -weight * alpha * miss**gamma * log_p[y]
+        norm += weight
+    return total / norm
+
+
+@given(
+    seed=seeds,
+    scale=scales,
+    dtype=dtypes,
+    n=st.integers(1, 9),
+    n_classes=st.integers(2, 5),
+    gamma=st.sampled_from([0.0, 0.3, 1.0, 2.0, 3.5]),
+    weights=st.tuples(st.booleans(), st.booleans()),
+)
+def test_focal_follows_the_equation(seed, scale, dtype, n, n_classes, gamma, weights):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(n, n_classes)) * min(scale, 10.0)
+    logits = tensor(logits, dtype)
+    target = rng.integers(n_classes, size=n)
+    alpha = rng.uniform(0.1, 3, n_classes) if weights[0] else None
+    weight = rng.uniform(0.1, 3, n) if weights[1] else None
+    loss = focal_loss(
+        logits,
+        torch.tensor(target),
+        gamma=gamma,
+        class_weight=None if alpha is None else tensor(alpha, dtype),
+        sample_weight=None if weight is None else tensor(weight, dtype),
+    )
+    assert loss.dtype == dtype
+    close(loss, focal_reference(logits.tolist(), target, gamma, alpha, weight))
+
+
+def test_focal_without_gamma_is_cross_entropy():
+    logits, target = torch.randn(7, 4, generator=torch.manual_seed(0)) * 5, torch.arange(7) % 4
+    torch.testing.assert_close(
+        focal_loss(logits, target, gamma=0.0),
+        torch.nn.functional.cross_entropy(logits, target),
+    )
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("target", [[0, 1, 2, 1], [1, 1, 1, 1]], ids=["mixed", "one class"])
+def test_focal_gradient(gamma, target):
+    rng = np.random.default_rng(0)
+    logits = tensor(rng.normal(size=(4, 3)), grad=True)
+    alpha, weight = tensor([0.5, 1.0, 2.0]), tensor([1.0, 0.0, 2.0, 0.3])
+    assert torch.autograd.gradcheck(
+        lambda x: focal_loss(
+            x, torch.tensor(target), gamma=gamma, class_weight=alpha, sample_weight=weight
+        ),
+        logits,
+    )
+
+
+def test_focal_gradient_of_one_sample():
+    logits = tensor([[0.3, -0.2]], grad=True)
+    assert torch.autograd.gradcheck(lambda x: focal_loss(x, torch.tensor([1])), logits)
+
+
+@pytest.mark.parametrize("gap", [20.0, 60.0, 1e3, 1e30])
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_focal_at_probabilities_of_zero_and_one(dtype, gamma, gap):
+    logits = tensor([[gap, 0.0]], dtype, grad=True)
+    right, wrong = (focal_loss(logits, torch.tensor([y]), gamma=gamma) for y in (0, 1))
+    assert 0 <= right.item() < 1e-5
+    assert gradient(right, logits).abs().max() < 1e-4
+    close(wrong, gap, rtol=1e-6)
+    torch.testing.assert_close(
+        gradient(wrong, logits), tensor([[1.0, -1.0]], dtype), rtol=0, atol=1e-5
+    )
+
+
+@given(seed=seeds, factor=st.sampled_from([1e-3, 0.5, 7.0, 1e4]))
+def test_focal_weights_are_relative_and_order_is_nothing(seed, factor):
+    rng = np.random.default_rng(seed)
+    logits, target = tensor(rng.normal(size=(6, 3))), torch.tensor(rng.integers(3, size=6))
+    alpha, weight = tensor(rng.uniform(0, 2, 3)), tensor(rng.uniform(0.1, 2, 6))
+    order = torch.tensor(rng.permutation(6))
+    loss = focal_loss(logits, target, class_weight=alpha, sample_weight=weight)
+    for same in (
+        focal_loss(logits, target, class_weight=alpha, sample_weight=factor * weight),
+        focal_loss(logits[order], target[order], class_weight=alpha, sample_weight=weight[order]),
+        focal_loss(logits, target, class_weight=factor * alpha, sample_weight=weight) / factor,
+        focal_loss(logits + factor, target, class_weight=alpha, sample_weight=weight),
+    ):
+        torch.testing.assert_close(same, loss, rtol=1e-9, atol=1e-12)
+
+
+def test_focal_weights_are_repetitions():
+    logits, target = tensor([[1.0, 0.0], [0.2, 0.4], [3.0, 1.0]]), torch.tensor([0, 0, 1])
+    repeated = [0, 0, 0, 2]
+    torch.testing.assert_close(
+        focal_loss(logits, target, sample_weight=tensor([3.0, 0.0, 1.0])),
+        focal_loss(logits[repeated], target[repeated]),
+    )
+
+
+def test_focal_with_all_weights_zero_is_zero():
+    logits = tensor([[2.0, 0.0], [0.0, 50.0]], grad=True)
+    loss = focal_loss(logits, torch.tensor([0, 0]), sample_weight=torch.zeros(2).double())
+    assert loss.item() == 0
+    assert (gradient(loss, logits) == 0).all()
+
+
+# ---------------------------------------------------------------------------------- contrastive
+
+
+def contrastive_reference(features, target, temperature):
+    lengths = [math.sqrt(sum(v * v for v in row)) for row in features]
+    unit = [
+        [v / length if length else 0.0 for v in row]
+        for row, length in zip(features, lengths, strict=True)
+    ]
+    n = len(unit)
+    per_anchor = []
+    for i in range(n):
+        positives = [p for p in range(n) if p != i and target[p] == target[i]]
+        if not positives:
+            continue
+        similarity = {
+            a: sum(u * v for u, v in zip(unit[i], unit[a], strict=True)) / temperature
+            for a in range(n)
+            if a != i
+        }
+        top = max(similarity.values())
+        log_total = top + math.log(sum(math.exp(s - top) for s in similarity.values()))
+        terms = [similarity[p] - log_total for p in positives]
+        per_anchor.append(-sum(terms) / len(positives))
+    return sum(per_anchor) / len(per_anchor) if per_anchor else 0.0
+
+
+@given(
+    seed=seeds,
+    scale=scales,
+    dtype=dtypes,
+    n=st.integers(1, 9),
+    n_classes=st.integers(1, 5),
+    temperature=st.sampled_from([0.01, 0.07, 1.0]),
+)
+def test_contrastive_follows_the_equation(seed, scale, dtype, n, n_classes, temperature):
+    rng = np.random.default_rng(seed)
+    features = tensor(rng.normal(size=(n, 3)) * scale, dtype)
+    target = rng.integers(n_classes, size=n)
+    loss = contrastive_loss(features, torch.tensor(target), temperature=temperature)
+    assert loss.dtype == dtype
+    reference = contrastive_reference(features.tolist(), target, temperature)
+    close(loss, reference, atol=50 * torch.finfo(dtype).eps / temperature)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [[0, 1, 0, 1, 2], [0, 0, 0, 0, 0], [0, 1, 2, 3, 3]],
+    ids=["mixed", "one class", "one pair"],
+)
+def test_contrastive_gradient(target):
+    features = tensor(np.random.default_rng(0).normal(size=(5, 3)), grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x: contrastive_loss(x, torch.tensor(target), temperature=0.3), features
+    )
+
+
+@pytest.mark.parametrize("target", [[0], [0, 1], [3, 1, 2, 0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_contrastive_without_a_pair_is_exactly_zero(target, dtype):
+    features = tensor(np.random.default_rng(0).normal(size=(len(target), 3)), dtype, grad=True)
+    loss = contrastive_loss(features, torch.tensor(target))
+    assert loss.item() == 0
+    assert (gradient(loss, features) == 0).all()
+
+
+def test_contrastive_of_only_two_rows_of_a_class_is_zero():
+    # The only other row is the positive: it has the whole share.
+    assert contrastive_loss(tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([1, 1])).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("zeros", [[0], [0, 1], [0, 1, 2, 3]])
+def test_contrastive_with_zero_vectors(zeros, dtype):
+    values = np.random.default_rng(0).normal(size=(4, 3))
+    values[zeros] = 0
+    features, target = tensor(values, dtype, grad=True), torch.tensor([0, 1, 0, 1])
+    loss = contrastive_loss(features, target)
+    close(loss, contrastive_reference(features.tolist(), target.tolist(), 0.07), rtol=1e-5)
+    assert gradient(loss, features).abs().max() < 1e3
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.07])
+def test_contrastive_is_stable_at_the_extremes(temperature):
+    # Opposite twins: similarities of +-1/temperature, where exp() itself would overflow.
+    features = tensor([[1.0, 0], [-1.0, 0], [1.0, 0], [-1.0, 0]], torch.float32, grad=True)
+    apart, together = (
+        contrastive_loss(features, torch.tensor(target), temperature=temperature)
+        for target in ([0, 0, 1, 1], [0, 1, 0, 1])
+    )
+    close(apart, 2 / temperature, rtol=1e-5)
+    close(together, 0.0, atol=1e-6)
+    gradient(apart, features)
+
+
+@given(seed=seeds, factor=st.sampled_from([1e-6, 0.5, 30.0, 1e6]))
+def test_contrastive_knows_neither_order_nor_length_nor_names(seed, factor):
+    rng = np.random.default_rng(seed)
+    features, target = tensor(rng.normal(size=(7, 4))), torch.tensor(rng.integers(3, size=7))
+    lengths = tensor(rng.uniform(0.5, 2, size=(7, 1))) * factor
+    order = torch.tensor(rng.permutation(7))
+    loss = contrastive_loss(features, target)
+    for same in (
+        contrastive_loss(features[order], target[order]),
+        contrastive_loss(features * lengths, target),
+        contrastive_loss(features, 7 - target),
+    ):
+        torch.testing.assert_close(same, loss, rtol=1e-9, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------- distillation
+
+
+def distillation_reference(scores, attention, emphasis):
+    def distribution(row, printed):
+        if emphasis is None:
+            return log_softmax([printed(v) for v in row])
+        mean = sum(row) / len(row)
+        deviation = math.sqrt(sum((v - mean) ** 2 for v in row) / len(row))
+        return log_softmax([emphasis * (v - mean) / (deviation + 1e-6) for v in row])
+
+    total = 0.0
+    for score_row, attention_row in zip(scores, attention, strict=True):
+        coarse = distribution(score_row, lambda v: 1 / (1 + math.exp(-v)))
+        fine = distribution(attention_row, lambda v: v)
+        total += sum(math.exp(c) * (c - f) for c, f in zip(coarse, fine, strict=True))
+    return total / len(scores)
+
+
+@given(
+    seed=seeds,
+    scale=scales,
+    dtype=dtypes,
+    n=st.integers(1, 4),
+    k=st.integers(1, 12),
+    emphasis=st.sampled_from([None, 0.5, 2.0, 5.0]),
+)
+def test_distillation_follows_the_equation(seed, scale, dtype, n, k, emphasis):
+    rng = np.random.default_rng(seed)
+    scores = tensor(rng.normal(size=(n, k)) * scale, dtype)
+    attention = tensor(rng.dirichlet(np.ones(k + 1), size=n)[:, :k], dtype)
+    loss = distillation_loss(scores, attention, emphasis=emphasis)
+    assert loss.dtype == dtype
+    reference = distillation_reference(scores.tolist(), attention.tolist(), emphasis)
+    close(loss, reference, rtol=1e-3 if dtype == torch.float32 else 1e-9, atol=1e-6)
+
+
+@pytest.mark.parametrize("emphasis", [None, 0.5, 2.0])
+@pytest.mark.parametrize("shape", [(3, 6), (1, 5), (2, 1), (1, 1)])
+def test_distillation_gradient(shape, emphasis):
+    rng = np.random.default_rng(0)
+    scores, attention = tensor(rng.normal(size=shape), grad=True), tensor(rng.random(shape))
+    assert torch.autograd.gradcheck(
+        # A fixed factor: zero gradients, at k = 1, would otherwise be all there is to compare.
+        lambda x: distillation_loss(x, attention, emphasis=emphasis) + 0.1 * x.sum(),
+        scores,
+    )
+
+
+@pytest.mark.parametrize("emphasis", [None, 2.0])
+def test_distillation_teaches_the_coarse_side_only(emphasis):
+    rng = np.random.default_rng(0)
+    scores, attention = (tensor(rng.random((2, 5)), grad=True) for _ in range(2))
+    distillation_loss(scores, attention, emphasis=emphasis).backward()
+    assert attention.grad is None
+    assert scores.grad.abs().max() > 1e-4
+
+
+@given(seed=seeds, dtype=dtypes, emphasis=st.sampled_from([0.5, 2.0, 4.0]))
+def test_distillation_is_zero_where_both_sides_agree(seed, dtype, emphasis):
+    attention = tensor(np.random.default_rng(seed).random((3, 9)), dtype)
+    scores = 3 * attention - 5
+    close(distillation_loss(scores, attention, emphasis=emphasis), 0.0, atol=1e-4)
+    assert distillation_loss(-scores, attention, emphasis=emphasis).item() > 0.1
+
+
+@given(seed=seeds, emphasis=st.sampled_from([None, 2.0]))
+def test_distillation_knows_no_order(seed, emphasis):
+    rng = np.random.default_rng(seed)
+    scores, attention = tensor(rng.normal(size=(3, 8))), tensor(rng.random((3, 8)))
+    pixels, images = torch.tensor(rng.permutation(8)), torch.tensor(rng.permutation(3))
+    loss = distillation_loss(scores, attention, emphasis=emphasis)
+    for same in (
+        distillation_loss(scores[:, pixels], attention[:, pixels], emphasis=emphasis),
+        distillation_loss(scores[images], attention[images], emphasis=emphasis),
+        distillation_loss(scores.repeat(2, 1), attention.repeat(2, 1), emphasis=emphasis),
+    ):
+        torch.testing.assert_close(same, loss, rtol=1e-9, atol=1e-12)
+
+
+@given(seed=seeds, factor=st.sampled_from([0.1, 3.0, 100.0]), shift=st.sampled_from([-5.0, 40.0]))
+def test_distillation_with_emphasis_knows_no_scale(seed, factor, shift):
+    rng = np.random.default_rng(seed)
+    scores, attention = tensor(rng.normal(size=(3, 8))), tensor(rng.random((3, 8)))
+    torch.testing.assert_close(
+        distillation_loss(factor * scores + shift, factor * attention + shift),
+        distillation_loss(scores, attention),
+        rtol=1e-3,  # the 1e-6 beside the deviation
+        atol=1e-6,
+    )
+
+
+def test_distillation_as_printed_teaches_little():
+    rng = np.random.default_rng(0)
+    scores, attention = tensor(rng.normal(size=(4, 200))), tensor(rng.dirichlet(np.ones(200), 4))
+    printed, emphasised = (
+        distillation_loss(scores, attention, emphasis=emphasis).item() for emphasis in (None, 2.0)
+    )
+    assert 0 < printed < emphasised / 50
+
+
+@pytest.mark.parametrize("emphasis", [None, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("constant", ["scores", "attention", "both"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 7)])
+def test_distillation_of_constant_rows(shape, constant, dtype, emphasis):
+    rng = np.random.default_rng(0)
+    scores = np.full(shape, 0.7) if constant != "attention" else rng.normal(size=shape)
+    attention = np.full(shape, 0.1) if constant != "scores" else rng.random(shape)
+    scores, attention = tensor(scores, dtype, grad=True), tensor(attention, dtype)
+    loss = distillation_loss(scores, attention, emphasis=emphasis)
+    gradient(loss, scores)
+    if constant == "both" or shape[1] == 1:
+        close(loss, 0.0)
+    else:
+        assert loss.item() > 0
+
+
+@pytest.mark.parametrize("emphasis", [None, 2.0])
+def test_distillation_of_extreme_scores(emphasis):
+    scores = tensor([[1e4, -1e4, 0.0, 3.0]], torch.float32, grad=True)
+    attention = tensor([[1.0, 0.0, 0.0, 0.0]], torch.float32)
+    gradient(distillation_loss(scores, attention, emphasis=emphasis), scores)
+
+
+# ------------------------------------------------------------------------------------------ all
+
+
+@settings(max_examples=20)
+@given(seed=seeds, weights=st.booleans())
+def test_float32_and_float64_agree(seed, weights):
+    rng = np.random.default_rng(seed)
+    values, target = rng.normal(size=(32, 20)), torch.tensor(rng.integers(3, size=32))
+    attention, weight = rng.random((32, 20)), rng.uniform(0, 2, 32)
+
+    def losses(dtype):
+        x = tensor(values, dtype)
+        return torch.stack(
+            [
+                focal_loss(x, target, sample_weight=tensor(weight, dtype) if weights else None),
+                contrastive_loss(x, target),
+                distillation_loss(x, tensor(attention, dtype)),
+            ]
+        )
+
+    torch.testing.assert_close(
+        losses(torch.float32).double(), losses(torch.float64), rtol=1e-4, atol=1e-5
+    )
