@@ -2,6 +2,7 @@
 
 from .classifier import SparseAttnClassifier
 from .display import AttentionDisplay
+from .pixel_set import PixelSetTransformer
 from .training import DynamicK
 
-__all__ = ["AttentionDisplay", "DynamicK", "SparseAttnClassifier"]
+__all__ = ["AttentionDisplay", "DynamicK", "PixelSetTransformer", "SparseAttnClassifier"]

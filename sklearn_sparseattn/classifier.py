@@ -13,7 +13,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight
 
 from .fitted import FittedNetwork
-from .images import ImageRows, PixelScale, check_data_range, learn_data_range, validate_images
+from .images import PixelScale, learn_data_range, validate_images
 from .inference import resolve_device
 from .network import SparseAttnNet
 from .training.batches import Batches, LabelledImages, dihedral
@@ -51,31 +51,25 @@ class SparseAttnClassifier(FittedNetwork):
         Share of itself that k keeps in a step (alpha of eq. 23).
     k_update : {"epoch", "batch"}, default="epoch"
         Move k once an epoch or after every batch. The default steps are meant for epochs.
-    embed_dim : int, default=32
-        Length D of a token.
-    n_heads : int, default=2
-        Heads of the fine attention, at most `embed_dim`.
+    embed_dim, n_heads : int, default=32, 2
+        Length D of a token, and heads of the fine attention, at most D.
     hidden_dim : int, default=128
         Hidden width of the classifier. The paper has 512, which exceeds its own 0.05 M parameters.
     focal_gamma : float, default=2.0
         Exponent of the focal loss; 0 is cross-entropy.
     class_weight : "balanced", dict or None, default=None
         alpha of the focal loss by class label.
-    contrastive_weight : float, default=0.1
-        Weight of the supervised contrastive loss.
-    temperature : float, default=0.07
-        Temperature of the contrastive loss.
+    contrastive_weight, temperature : float, default=0.1, 0.07
+        Weight and temperature of the supervised contrastive loss.
     distillation_weight : float, default=0.02
         Weight of the loss by which the fine attention teaches the coarse one.
     distillation_emphasis : float or None, default=2.0
         Sharpness of the two distributions it compares; None takes the form printed in the paper.
-    lr : float, default=1e-2
-        Learning rate of AdamW; with "onecycle" its peak.
-    weight_decay : float, default=1e-4
-        Of AdamW.
+    lr, weight_decay : float, default=1e-2, 1e-4
+        Learning rate of AdamW, with "onecycle" its peak, and its weight decay.
     lr_schedule : {"onecycle", "plateau"} or None, default="onecycle"
         "plateau" multiplies the rate by 0.9 after 5 epochs without gain, as in the paper.
-    max_epochs : int, default=40
+    max_epochs : int, default=30
         Passes over the training rows.
     batch_size : int, default=64
         Greatest number of rows in a batch; batches are of nearly equal size, and of two rows at least.
@@ -216,7 +210,7 @@ class SparseAttnClassifier(FittedNetwork):
         lr=1e-2,
         weight_decay=1e-4,
         lr_schedule="onecycle",
-        max_epochs=40,
+        max_epochs=30,
         batch_size=64,
         augment=None,
         image_shape=None,
@@ -294,7 +288,7 @@ class SparseAttnClassifier(FittedNetwork):
         images, y, weight = self._check_training_rows(X, y, sample_weight, reset=fresh)
         if fresh:
             self.classes_ = np.unique(y)
-            self.data_range_ = self._new_data_range(images)
+            self.data_range_ = learn_data_range(images, self.data_range)
         resolve_bounds(self.k_min, self.k_max, self._n_pixels)  # an error here costs nothing yet
         target = self._encode(y)
         scale = PixelScale(self.data_range_)
@@ -308,12 +302,8 @@ class SparseAttnClassifier(FittedNetwork):
                 images, target, weight = images.take(kept), target[kept], weight[kept]
         training = label_images(images, target, weight, scale)
 
-        params = self.get_params(deep=False)
-        if fresh:
-            network = new_network(params, self.image_shape_, len(self.classes_), generator)
-        else:
-            network = self.network_
-        settings = TrainingSettings.from_params(params)
+        network = self._network_to_train(fresh, generator)
+        settings = TrainingSettings.from_params(self.get_params(deep=False))
         result = self._train(network, training, held_out, rng, device, settings)
         recompute_batch_norm(network, Batches(training, self.batch_size), device)
         self._finish(network, result, fresh)
@@ -360,7 +350,7 @@ class SparseAttnClassifier(FittedNetwork):
         images, y, weight = self._check_training_rows(X, y, sample_weight, reset=first)
         if first:
             self.classes_ = np.unique(classes)
-            self.data_range_ = self._new_data_range(images)
+            self.data_range_ = learn_data_range(images, self.data_range)
         elif classes is not None and not np.array_equal(np.unique(classes), self.classes_):
             raise ValueError(f"classes={classes!r} differ from those of the first call, {self.classes_}.")
         resolve_bounds(self.k_min, self.k_max, self._n_pixels)  # an error here costs nothing yet
@@ -370,13 +360,9 @@ class SparseAttnClassifier(FittedNetwork):
         rng, generator = make_generators(self.random_state)
         if state is not None:
             rng = state.rng
-        params = self.get_params(deep=False)
-        if first:
-            network = new_network(params, self.image_shape_, len(self.classes_), generator)
-        else:
-            network = self.network_
+        network = self._network_to_train(first, generator)
         one_pass = {"max_epochs": 1, "lr_schedule": None, "early_stopping": False}
-        settings = TrainingSettings.from_params(params, **one_pass)
+        settings = TrainingSettings.from_params(self.get_params(deep=False), **one_pass)
         result = self._train(network, training, None, rng, device, settings, state)
         network.eval()
         self._finish(network, result, first)
@@ -402,9 +388,6 @@ class SparseAttnClassifier(FittedNetwork):
         if not len(used):
             raise ValueError("sample_weight is zero for every row: nothing is left to fit.")
         return images.take(used), y[used], weight[used]
-
-    def _new_data_range(self, images: ImageRows) -> tuple[float, float]:
-        return learn_data_range(images) if self.data_range is None else check_data_range(self.data_range)
 
     def _encode(self, y):
         """Labels -> class indices."""
@@ -433,6 +416,14 @@ class SparseAttnClassifier(FittedNetwork):
                 "Give X_val and y_val, or early_stopping=False."
             )
         return split
+
+    def _network_to_train(self, fresh: bool, generator: torch.Generator) -> SparseAttnNet:
+        if not fresh:
+            return self.network_
+        self.__dict__.pop(
+            "network_", None
+        )  # should the fit fail, an old network would not fit the new classes
+        return new_network(self.get_params(deep=False), self.image_shape_, len(self.classes_), generator)
 
     def _train(self, network, training, held_out, rng, device, settings, state=None) -> TrainingResult:
         params = self.get_params(deep=False)

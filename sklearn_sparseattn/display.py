@@ -7,6 +7,7 @@ from scipy import sparse
 
 # Readable for the colour-blind, on gray as on a stained smear.
 _CHOSEN_COLOUR = (0.90, 0.37, 0.0)
+_NOT_CHOSEN_COLOUR = "0.9"
 _COLUMNS = ("image", "coarse attention", "chosen pixels", "fine attention")
 
 
@@ -19,10 +20,12 @@ class AttentionDisplay:
     ----------
     images : ndarray of shape (n, H, W) or (n, H, W, 3)
         Ready to be shown: gray or RGB, in [0, 1].
-    coarse, fine : ndarray of shape (n, H, W)
-        Attention maps.
+    coarse : ndarray of shape (n, H, W)
+        Coarse attention.
     pixels : ndarray of shape (n, k)
         Row-major indices of the chosen pixels.
+    fine : ndarray of shape (n, H, W)
+        Fine attention.
     titles : list of str
         One for each image.
 
@@ -61,7 +64,14 @@ class AttentionDisplay:
 
     @classmethod
     def from_estimator(
-        cls, estimator: Any, X: Any, y: Any = None, *, max_images: int = 8, class_names: Any = None
+        cls,
+        estimator: Any,
+        X: Any,
+        y: Any = None,
+        *,
+        max_images: int = 8,
+        class_names: Any = None,
+        ax: Any = None,
     ) -> "AttentionDisplay":
         """Compute the maps of the first images and plot them.
 
@@ -77,6 +87,8 @@ class AttentionDisplay:
             The first so many images are shown.
         class_names : array-like of shape (n_classes,), default=None
             Names to show instead of the labels, in the order of ``estimator.classes_``.
+        ax : array of matplotlib Axes of shape (n, 4), default=None
+            Where to draw. None makes a figure.
 
         Returns
         -------
@@ -87,29 +99,34 @@ class AttentionDisplay:
         ------
         ImportError
             If matplotlib is not installed.
+        ValueError
+            If there are not as many `class_names` as classes, or `ax` has another shape.
         """
-        X = X.iloc[:max_images] if hasattr(X, "iloc") else X[:max_images]
+        X = _first_rows(X, max_images)
         maps = estimator.attention_maps(X)
         proba = estimator.predict_proba(X)
-        names = np.asarray(estimator.classes_ if class_names is None else class_names)
-        best = proba.argmax(axis=1)
-        titles = [f"{names[i]} ({p:.0%})" for i, p in zip(best, proba.max(axis=1), strict=True)]
+        names = _class_names(estimator.classes_, class_names)
+        best = estimator.classes_[proba.argmax(axis=1)]
+        titles = [f"{names[label]} ({p:.0%})" for label, p in zip(best, proba.max(axis=1), strict=True)]
         if y is not None:
-            true = names[np.searchsorted(estimator.classes_, np.asarray(y)[: len(titles)])]
+            true = [names.get(label, label) for label in np.asarray(y)[: len(titles)]]
             titles = [f"{title}\ntrue: {name}" for title, name in zip(titles, true, strict=True)]
         images = _as_pictures(X, estimator.image_shape_, estimator.data_range_)
         display = cls(images, coarse=maps.coarse, pixels=maps.pixels, fine=maps.fine, titles=titles)
-        return display.plot()
+        return display.plot(ax=ax)
 
-    def plot(self, *, cmap: str = "viridis", panel_size: float = 2.0) -> "AttentionDisplay":
-        """Draw the figure.
+    def plot(self, *, ax: Any = None, cmap: str = "viridis", panel_size: float = 2.0) -> "AttentionDisplay":
+        """Draw the images and their maps.
 
         Parameters
         ----------
+        ax : array of matplotlib Axes of shape (n, 4), default=None
+            Where to draw. None makes a figure.
         cmap : str, default="viridis"
-            Colour map of the attention; each map has its own scale.
+            Colour map of the attention. Each map has its own scale; that of the fine attention ends at the
+            99th percentile of the chosen pixels, so that a single one does not darken all others.
         panel_size : float, default=2.0
-            Side of a panel in inches.
+            Side of a panel in inches, if a figure is made.
 
         Returns
         -------
@@ -120,25 +137,23 @@ class AttentionDisplay:
         ------
         ImportError
             If matplotlib is not installed.
+        ValueError
+            If `ax` has another shape.
         """
-        try:
-            from matplotlib import pyplot as plt
-        except ImportError as error:
-            raise ImportError(
-                "AttentionDisplay needs matplotlib: pip install 'sklearn-sparseattn[plot]'."
-            ) from error
-        n_images, n_columns = len(self.images), len(_COLUMNS)
-        size = (panel_size * (n_columns + 0.6), panel_size * n_images + 0.4)
-        self.figure_, self.axes_ = plt.subplots(
-            n_images, n_columns, figsize=size, squeeze=False, layout="constrained"
-        )
+        shape = (len(self.images), len(_COLUMNS))
+        self.axes_ = _new_axes(shape, panel_size) if ax is None else np.asarray(ax, dtype=object)
+        if self.axes_.shape != shape:
+            raise ValueError(f"ax must have the shape {shape}, rows x columns; got {self.axes_.shape}.")
+        self.figure_ = self.axes_[0, 0].figure
         for axis, name in zip(self.axes_[0], _COLUMNS, strict=True):
             axis.set_title(name, fontsize="medium")
         for i, row in enumerate(self.axes_):
             row[0].imshow(self.images[i], cmap="gray", vmin=0, vmax=1)
             row[1].imshow(self.coarse[i], cmap=cmap)
             row[2].imshow(self._chosen(i))
-            row[3].imshow(self.fine[i], cmap=cmap)
+            fine, top = self._fine(i)
+            row[3].set_facecolor(_NOT_CHOSEN_COLOUR)
+            row[3].imshow(fine, cmap=cmap, vmin=0, vmax=top)
             row[0].set_ylabel(self.titles[i], fontsize="small")
             for axis in row:
                 axis.set(xticks=[], yticks=[])
@@ -153,13 +168,51 @@ class AttentionDisplay:
         shown[chosen] = 0.35 * shown[chosen] + 0.65 * np.array(_CHOSEN_COLOUR)
         return shown.reshape(*gray.shape, 3)
 
+    def _fine(self, i: int) -> tuple[np.ndarray, float]:
+        """Fine attention of image i, NaN where no pixel was chosen, and the end of its colour scale."""
+        values = self.fine[i].ravel()[self.pixels[i]]
+        shown = np.full(self.fine[i].size, np.nan)
+        shown[self.pixels[i]] = values
+        return shown.reshape(self.fine[i].shape), float(np.percentile(values, 99))
+
+
+def _new_axes(shape: tuple[int, int], panel_size: float) -> np.ndarray:
+    """Axes of a new figure."""
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            "AttentionDisplay needs matplotlib: pip install 'sklearn-sparseattn[plot]'."
+        ) from error
+    size = (panel_size * (shape[1] + 0.6), panel_size * shape[0] + 0.4)
+    return plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")[1]
+
+
+def _first_rows(X: Any, n: int) -> Any:
+    """Up to n rows of any X that the estimator takes."""
+    if hasattr(X, "iloc"):
+        return X.iloc[:n]
+    return X.tocsr()[:n] if sparse.issparse(X) else X[:n]
+
+
+def _class_names(classes: np.ndarray, class_names: Any) -> dict[Any, Any]:
+    """Label -> the name to show."""
+    names = classes if class_names is None else class_names
+    if len(names) != len(classes):
+        raise ValueError(f"class_names has {len(names)} names for {len(classes)} classes: {names}.")
+    return dict(zip(classes, names, strict=True))
+
 
 def _as_pictures(X: Any, image_shape: tuple[int, int, int], data_range: tuple[float, float]) -> np.ndarray:
-    """Images of any form -> gray or RGB in [0, 1]; of signed data, zero is mid-gray."""
+    """Images of any form -> gray or RGB in [0, 1].
+
+    The range learned from signed data, (0, max abs v), is for the network: what is shown of it goes from
+    its least to its greatest value, the same for all images.
+    """
     dense = X.toarray() if sparse.issparse(X) else np.asarray(X)
     images = dense.reshape(-1, *image_shape).astype(np.float64)
     low, high = data_range
-    if images.size and images.min() < 0:
-        low = -high
-    images = np.clip((images - low) / (high - low), 0, 1)
+    if images.min() < 0:
+        low, high = images.min(), images.max()
+    images = np.clip((images - low) / (high - low or 1.0), 0, 1)
     return images if image_shape[2] == 3 else images.mean(axis=-1)

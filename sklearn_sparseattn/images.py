@@ -121,47 +121,29 @@ class PixelScale:
             return (scaled / self._span).astype(np.float32)
 
 
-def check_data_range(data_range: Sequence[float]) -> tuple[float, float]:
-    """Check what the user says becomes 0 and 1.
-
-    Parameters
-    ----------
-    data_range : sequence of two float
-        (lo, hi).
-
-    Returns
-    -------
-    (lo, hi) : tuple of float
-        Finite, lo < hi.
-
-    Raises
-    ------
-    ValueError
-        If they are not.
-    """
-    try:
-        low, high = (float(value) for value in data_range)
-    except (TypeError, ValueError):
-        low, high = 0.0, 0.0
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"data_range={data_range!r} must be two finite numbers (lo, hi), lo < hi, or None.")
-    return low, high
-
-
-def learn_data_range(images: ImageRows) -> tuple[float, float]:
-    """What becomes 0 and 1, from training images (SPEC, "Scaling").
+def learn_data_range(images: ImageRows, given: Sequence[float] | None = None) -> tuple[float, float]:
+    """What becomes 0 and 1, from training images or from the user.
 
     Parameters
     ----------
     images : ImageRows
         The training images.
+    given : sequence of two float, default=None
+        (lo, hi) as the user says.
 
     Returns
     -------
     (lo, hi) : tuple of float
         (0, 255) for uint8, (0, 1) for bool; (0, max abs v) for sparse or partly negative data, so that zero
         stays zero; otherwise the extremes.
+
+    Raises
+    ------
+    ValueError
+        If `given` is not two finite numbers, lo < hi.
     """
+    if given is not None:
+        return _check_data_range(given)
     dtype = images.data.dtype
     if dtype == np.uint8:
         return 0.0, 255.0
@@ -172,6 +154,16 @@ def learn_data_range(images: ImageRows) -> tuple[float, float]:
         low, high = 0.0, max(-low, high)
     if not high - low > 0:
         high = low + max(1.0, abs(low))
+    return low, high
+
+
+def _check_data_range(data_range: Sequence[float]) -> tuple[float, float]:
+    try:
+        low, high = (float(value) for value in data_range)
+    except (TypeError, ValueError):
+        low, high = 0.0, 0.0
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"data_range={data_range!r} must be two finite numbers (lo, hi), lo < hi, or None.")
     return low, high
 
 

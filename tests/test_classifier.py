@@ -678,7 +678,10 @@ def test_bounds_of_k():
         (lambda: (X[:, None, None, None], Y), "is expected"),
         (lambda: (X[:, :0], Y), "is expected"),
         (lambda: ([X[0], X[1, :5], *X[2:]], Y), "load_image_folder"),
-        (lambda: (X.astype(str).astype("U5") + "x", Y), "not compatible with arrays of bytes/strings|could not convert"),
+        (
+            lambda: (X.astype(str).astype("U5") + "x", Y),
+            "not compatible with arrays of bytes/strings|could not convert",
+        ),
     ],
 )
 def test_bad_data_is_refused(change, message):

@@ -151,10 +151,12 @@ def train(
     ).initialize()
     if state is not None:
         trainer.optimizer_.load_state_dict(state.optimizer)
+        # They come back as they were; set_params may have changed them since.
+        trainer.optimizer_.param_groups[0].update(lr=settings.lr, weight_decay=settings.weight_decay)
         dynamic_k.load_state_dict(state.dynamic_k)
     trainer.partial_fit(training)
 
-    finished = [row for row in trainer.history if "train_loss" in row]
+    finished = [row for row in trainer.history if "lr" in row]  # the last thing written of an epoch
     stopped_early = settings.early_stopping and stopping.misses_ >= settings.patience
     if len(finished) < settings.max_epochs and not stopped_early:
         _interrupted(len(finished), settings.max_epochs)

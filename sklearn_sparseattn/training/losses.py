@@ -179,9 +179,7 @@ def distillation_loss(
         coarse = emphasis * _standardize(coarse_scores)
         fine = emphasis * _standardize(fine)
     # kl_div(input, target) is KL(target || input).
-    return F.kl_div(
-        fine.log_softmax(1), coarse.log_softmax(1), reduction="batchmean", log_target=True
-    )
+    return F.kl_div(fine.log_softmax(1), coarse.log_softmax(1), reduction="batchmean", log_target=True)
 
 
 def _standardize(values: Tensor) -> Tensor:

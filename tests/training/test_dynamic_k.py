@@ -145,9 +145,7 @@ def test_k_falls_while_the_loss_falls(n_epochs, tau, noise):
 
 @pytest.mark.parametrize("start", [0.1, 8000 / 18225])
 def test_k_rises_while_a_noisy_loss_stalls(start):
-    courses = np.array(
-        [course(noisy(np.full(40, 0.5), 0.03, seed), start * N) for seed in range(100)]
-    )
+    courses = np.array([course(noisy(np.full(40, 0.5), 0.03, seed), start * N) for seed in range(100)])
     middle = np.median(courses, axis=0)
     assert middle[15] > middle[0]
     assert middle[39] > middle[15] > start * N
@@ -306,9 +304,7 @@ BATCHES = 3  # of 5, 5 and 2 rows, in an epoch of 12
 
 
 def epoch_means(losses):
-    return [
-        np.average(losses[i : i + BATCHES], weights=[5, 5, 2]) for i in range(0, len(losses), 3)
-    ]
+    return [np.average(losses[i : i + BATCHES], weights=[5, 5, 2]) for i in range(0, len(losses), 3)]
 
 
 def losses_of(n_epochs, seed=0):
@@ -528,9 +524,7 @@ def test_in_a_plain_net_with_its_printed_table(net_class, capsys):
     net.fit(X, y)
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["epoch", "k", "train_loss", "dur"]
-    assert [float(row.split()[1]) for row in rows[1:]] == pytest.approx(
-        net.history[:, "k"], abs=1e-3
-    )
+    assert [float(row.split()[1]) for row in rows[1:]] == pytest.approx(net.history[:, "k"], abs=1e-3)
     assert all(type(k) is float for k in net.history[:, "k"])  # JSON needs it
     # The loss of so simple a problem falls, and k with it.
     assert np.all(np.diff(net.history[:, "k"])[1:] < 0)

@@ -97,9 +97,7 @@ def test_focal_gradient(gamma, target):
     logits = tensor(rng.normal(size=(4, 3)), grad=True)
     alpha, weight = tensor([0.5, 1.0, 2.0]), tensor([1.0, 0.0, 2.0, 0.3])
     assert torch.autograd.gradcheck(
-        lambda x: focal_loss(
-            x, torch.tensor(target), gamma=gamma, class_weight=alpha, sample_weight=weight
-        ),
+        lambda x: focal_loss(x, torch.tensor(target), gamma=gamma, class_weight=alpha, sample_weight=weight),
         logits,
     )
 
@@ -118,9 +116,7 @@ def test_focal_at_probabilities_of_zero_and_one(dtype, gamma, gap):
     assert 0 <= right.item() < 1e-5
     assert gradient(right, logits).abs().max() < 1e-4
     close(wrong, gap, rtol=1e-6)
-    torch.testing.assert_close(
-        gradient(wrong, logits), tensor([[1.0, -1.0]], dtype), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(gradient(wrong, logits), tensor([[1.0, -1.0]], dtype), rtol=0, atol=1e-5)
 
 
 @given(seed=seeds, factor=st.sampled_from([1e-3, 0.5, 7.0, 1e4]))
@@ -161,8 +157,7 @@ def test_focal_with_all_weights_zero_is_zero():
 def contrastive_reference(features, target, temperature):
     lengths = [math.sqrt(sum(v * v for v in row)) for row in features]
     unit = [
-        [v / length if length else 0.0 for v in row]
-        for row, length in zip(features, lengths, strict=True)
+        [v / length if length else 0.0 for v in row] for row, length in zip(features, lengths, strict=True)
     ]
     n = len(unit)
     per_anchor = []
@@ -410,6 +405,4 @@ def test_float32_and_float64_agree(seed, weights):
             ]
         )
 
-    torch.testing.assert_close(
-        losses(torch.float32).double(), losses(torch.float64), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(losses(torch.float32).double(), losses(torch.float64), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,365 @@
+"""The whole network: its forward pass in NumPy, its k, its weights, and what a pass costs."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sklearn_sparseattn import SparseAttnClassifier
+from sklearn_sparseattn.network import SparseAttnNet
+from sklearn_sparseattn.training.setup import new_network
+
+
+def make_net(n_channels=1, n_classes=3, k=20.0, seed=0, **options):
+    """Float64, in evaluation mode, with weights and statistics as after some training."""
+    generator = torch.Generator().manual_seed(seed)
+    net = SparseAttnNet(n_channels, n_classes, k, **options)
+    net.reset_parameters(generator)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
+            nn.init.normal_(module.bias, 0, 0.3, generator=generator)
+    return net.double().eval()
+
+
+def random_images(n, n_channels, height, width, seed=0):
+    images = np.random.default_rng(seed).uniform(size=(n, n_channels, height, width))
+    return torch.from_numpy(images)
+
+
+# ---- the forward pass ----
+
+
+class Reference:
+    """The forward pass of one image, from the weights alone, by arithmetic on arrays."""
+
+    def __init__(self, net, strides):
+        self.w = {name: value.numpy().astype(float) for name, value in net.state_dict().items()}
+        self.n_heads = net.fine.n_heads
+        self.strides = strides
+
+    def norm(self, x, name):
+        mean, variance = self.w[f"{name}.running_mean"], self.w[f"{name}.running_var"]
+        return (x - mean) / np.sqrt(variance + 1e-5) * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
+
+    def stage(self, x, name, stride=1):
+        """x : (H, W, C)."""
+        padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
+        windows = sliding_window_view(padded, (3, 3), axis=(0, 1))[::stride, ::stride]
+        x = np.einsum("hwcij,ocij->hwo", windows, self.w[f"{name}.0.weight"])
+        return np.maximum(self.norm(x, f"{name}.1"), 0)
+
+    def coarse(self, image):
+        _, height, width = image.shape
+        x = self.stage(np.moveaxis(image, 0, -1), "coarse.middle.0", self.strides[0])
+        x = self.stage(x, "coarse.middle.1", self.strides[1])
+        x = self.stage(x, "coarse.middle.2")
+        cells = x @ self.w["coarse.score.weight"][:, :, 0, 0].T + self.w["coarse.score.bias"]
+        step = self.strides[0] * self.strides[1]
+        blocks = cells.reshape(*cells.shape[:2], step, step)
+        scores = np.block([list(row) for row in blocks])[:height, :width]
+        x = self.stage(x, "coarse.deep.0", self.strides[2])
+        x = self.stage(x, "coarse.deep.1")
+        return scores, np.concatenate([x.mean((0, 1)), x.max((0, 1))])
+
+    def fine(self, image, pixels):
+        n_channels, height, width = image.shape
+        i, j = np.divmod(pixels, width)
+        place = [(2 * j + 1) / width - 1, (2 * i + 1) / height - 1]
+        tokens = np.stack([*place, *image.reshape(n_channels, -1)[:, pixels]], axis=1)
+        for name, last in (("embedding.hidden.0", False), ("embedding.out", True)):
+            tokens = tokens @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]
+            tokens = tokens if last else np.maximum(tokens, 0)
+        cls = self.w["fine.cls_token"][0, 0]
+        rows = np.vstack([tokens, cls])
+        z_fine, attention, signed = 0, 0, 0
+        for w_key, w_query in zip(
+            np.split(self.w["fine.key.weight"], self.n_heads),
+            np.split(self.w["fine.query.weight"], self.n_heads),
+            strict=True,
+        ):
+            key = np.maximum(rows @ w_key.T, 0) + 1e-6
+            a = key / key.sum(0)
+            query = w_query @ cls
+            z_fine = z_fine + query @ (a.T @ (rows @ self.w["fine.value.weight"].T)) / self.n_heads
+            attention = attention + a[:-1].mean(1) / self.n_heads
+            signed = signed + a[:-1] @ query / self.n_heads
+        if "fine_norm.weight" in self.w:
+            z_fine = (z_fine - z_fine.mean()) / np.sqrt(z_fine.var() + 1e-5)
+            z_fine = z_fine * self.w["fine_norm.weight"] + self.w["fine_norm.bias"]
+        return z_fine, attention, signed
+
+    def fusion(self, x):
+        def layer(x, name):
+            return np.maximum(self.norm(x @ self.w[f"{name}.0.weight"].T, f"{name}.1"), 0)
+
+        x = layer(x, "fusion.first")
+        x = x + layer(x, "fusion.residual")
+        return x @ self.w["fusion.out.weight"].T + self.w["fusion.out.bias"]
+
+    def __call__(self, image):
+        scores, z_coarse = self.coarse(image)
+        k = int(np.clip(np.floor(self.w["k"] + 0.5), 1, scores.size))
+        pixels = np.sort(np.argsort(-scores.ravel(), kind="stable")[:k])
+        z_fine, attention, signed = self.fine(image, pixels)
+        features = np.concatenate([z_fine, z_coarse])
+        return self.fusion(features), features, scores, pixels, attention, signed
+
+
+@pytest.mark.parametrize(
+    ("n_channels", "height", "width", "k", "options"),
+    [
+        (1, 1, 1, 1, {}),
+        (3, 1, 7, 3, {}),
+        (5, 5, 3, 8.5, {"strides": (1, 1, 1)}),
+        (1, 135, 135, 2146, {}),
+        (3, 40, 26, 155.4, {"embed_dim": 7, "n_heads": 3, "hidden_dim": 11}),
+        (1, 16, 16, 1e9, {"strides": (1, 2, 2), "normalize_fine": False}),
+        (3, 9, 8, 20, {"strides": (1, 1, 2), "embed_dim": 5, "n_heads": 5}),
+    ],
+)
+def test_forward_pass_is_the_reference(n_channels, height, width, k, options):
+    net = make_net(n_channels, 4, k, **options)
+    images = random_images(2, n_channels, height, width)
+    output = net(images)
+    reference = Reference(net, options.get("strides", (2, 2, 2)))
+    for b in range(2):
+        for name, expected in zip(output._fields, reference(images[b].numpy()), strict=True):
+            found = getattr(output, name)[b].detach().numpy()
+            np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("n_channels", [1, 3, 5])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 7), (5, 3), (33, 2), (135, 135)])
+def test_any_image_size_trains(n_channels, height, width):
+    net = SparseAttnNet(n_channels, 2, k=6).train()
+    output = net(torch.rand(3, n_channels, height, width))
+    k = min(6, height * width)
+    assert output.logits.shape == (3, 2)
+    assert output.features.shape == (3, 32 + 48)
+    assert output.scores.shape == (3, height, width)
+    assert output.pixels.shape == output.attention.shape == output.contribution.shape == (3, k)
+    output.logits.square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+
+
+def test_scores_learn_from_no_gradient_of_the_answer():
+    """As printed: what is chosen is not differentiated through; every other weight learns from the logits."""
+    net = make_net().train()
+    output = net(random_images(4, 1, 24, 24))
+    output.logits.square().sum().backward(retain_graph=True)
+    without = {name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()}
+    assert without == {"coarse.score.weight", "coarse.score.bias"}
+    output.scores.square().sum().backward()
+    assert net.coarse.score.weight.grad.any()
+
+
+class FixedCoarse(nn.Module):
+    """Says the same of every image."""
+
+    def __init__(self, scores, z_coarse):
+        super().__init__()
+        self.answer = scores, z_coarse
+
+    def forward(self, images):
+        return self.answer
+
+
+def test_pixels_not_chosen_matter_through_the_coarse_net_only():
+    net = make_net(n_channels=2, k=30)
+    images = random_images(3, 2, 12, 14)
+    before = net(images)
+    net.coarse = FixedCoarse(*net.coarse(images))
+    chosen = torch.zeros(3, 12 * 14, dtype=torch.bool).scatter_(1, before.pixels, True).view(3, 1, 12, 14)
+    other = random_images(3, 2, 12, 14, seed=1)
+    off = net(torch.where(chosen, images, other))
+    for name, part in before._asdict().items():
+        assert torch.equal(getattr(off, name), part), name
+    # One value of one channel of one chosen pixel moves that image's answer, and no other.
+    images[1].flatten(1)[1, before.pixels[1, 7]] += 0.5
+    on = net(images)
+    moved = (on.logits != before.logits).any(1)
+    assert moved.tolist() == [False, True, False]
+
+
+def test_layer_norm_of_z_fine_is_a_named_choice():
+    assert make_net(normalize_fine=False).fine_norm.state_dict() == {}
+    net = make_net()
+    with torch.no_grad():
+        net.fine_norm.weight.fill_(1)
+        net.fine_norm.bias.zero_()
+    z_fine = net(random_images(2, 1, 20, 20)).features[:, :32]
+    torch.testing.assert_close(z_fine.mean(1), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(z_fine.std(1, correction=0), torch.ones(2).double(), rtol=1e-2, atol=0)
+
+
+# ---- k ----
+
+
+@pytest.mark.parametrize(
+    ("k", "n_pixels", "expected"),
+    [
+        (2.5, 100, 3),
+        (2.4999, 100, 2),
+        (3.5, 100, 4),
+        (0.2, 100, 1),
+        (-5, 100, 1),
+        (99.5, 100, 100),
+        (1e12, 100, 100),
+        (7, 1, 1),
+    ],
+)
+def test_k_is_rounded_half_up_within_the_image(k, n_pixels, expected):
+    net = make_net(k=k)
+    assert net.n_chosen(n_pixels) == expected
+    assert net(random_images(1, 1, 1, n_pixels)).pixels.shape == (1, expected)
+
+
+def test_k_is_saved_and_restored_with_the_weights():
+    net = make_net(k=123.456789)
+    state = copy.deepcopy(net.state_dict())
+    assert state["k"].item() == 123.456789
+    assert "k" not in dict(net.named_parameters())
+    other = make_net(k=1)
+    other.load_state_dict(state)
+    assert other.k.item() == 123.456789
+
+
+MOVES = {
+    "half": lambda net: net.half(),
+    "bfloat16": lambda net: net.bfloat16(),
+    "float": lambda net: net.float(),
+    "double": lambda net: net.double(),
+    "to": lambda net: net.to(device="cpu", dtype=torch.float16),
+    "to_empty": lambda net: net.to_empty(device="cpu"),
+    "meta": lambda net: net.to("meta"),
+    "in a model": lambda net: nn.Sequential(net).half()[0],
+    "deepcopy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_k_stays_exact_and_on_the_cpu(move):
+    net = MOVES[move](make_net(k=12345.678901))
+    assert net.k.dtype == torch.float64
+    assert net.k.device.type == "cpu"
+    assert net.k.item() == 12345.678901
+    assert net.n_chosen(18225) == 12346
+    assert net.state_dict()["k"] is not None
+
+
+def test_k_follows_what_is_written_into_it():
+    net = make_net(k=10)
+    net.k.fill_(17.5)
+    assert net(random_images(1, 1, 8, 8)).pixels.shape == (1, 18)
+    net.half()
+    net.k.fill_(3)
+    assert net.state_dict()["k"].item() == 3
+
+
+# ---- weights ----
+
+
+def global_states():
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+
+
+PARAMS = SparseAttnClassifier().get_params(deep=False)
+
+
+def test_new_network_draws_from_its_generator_alone():
+    before = global_states()
+    nets = [new_network(PARAMS, (20, 30, 3), 4, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)]
+    assert global_states() == before
+    first, same, other = (net.state_dict() for net in nets)
+    for name, value in first.items():
+        assert value.device.type == "cpu"
+        assert torch.equal(value, same[name]), name
+    differs = {name for name in first if not torch.equal(first[name], other[name])}
+    drawn = {name for name, p in nets[0].named_parameters() if p.dim() > 1} | {
+        "embedding.hidden.0.bias",
+        "embedding.out.bias",
+        "fusion.out.bias",
+    }
+    assert differs == drawn
+    assert nets[0].k.item() == pytest.approx(PARAMS["k_init"] * 600)
+
+
+def test_new_network_starts_as_the_layers_do():
+    """Nothing is left as the memory happened to be: norms are neutral, weights scaled by their inputs."""
+    net = new_network(PARAMS, (64, 64, 1), 3, torch.Generator().manual_seed(0))
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert (module.running_mean == 0).all()
+            assert (module.running_var == 1).all()
+            assert module.num_batches_tracked == 0
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm):
+            assert (module.weight == 1).all()
+            assert (module.bias == 0).all()
+        if isinstance(module, nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            assert module.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.2)
+            assert module.bias is None or (module.bias == 0).all()
+        if isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            assert 0.5 * bound < module.weight.abs().max() <= bound
+            assert module.bias is None or 0 < module.bias.abs().max() <= bound
+
+
+def test_reset_leaves_k_and_is_repeatable():
+    net = make_net(k=77.7)
+    states = []
+    for _ in range(2):
+        net.reset_parameters(torch.Generator().manual_seed(3))
+        states.append({name: value.clone() for name, value in net.state_dict().items()})
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert net.k.item() == 77.7
+
+
+# ---- the budget: 135 x 135, one channel, k = 2146, three classes, default settings ----
+
+N_PARAMETERS = 0.054e6
+N_MULTIPLY_ADDS = 0.010e9
+
+
+@pytest.fixture(scope="module")
+def default_net():
+    net = new_network(PARAMS, (135, 135, 1), 3, torch.Generator().manual_seed(0)).eval()
+    net.k.fill_(2146)
+    return net
+
+
+def test_parameters_stay_in_the_budget(default_net):
+    assert sum(p.numel() for p in default_net.parameters()) <= N_PARAMETERS
+
+
+def test_multiply_adds_stay_in_the_budget(default_net):
+    """Every convolution and matrix product of a pass, the fine attention's own among them."""
+    images = torch.rand(1, 1, 135, 135)
+    with FlopCounterMode(display=False) as counter:
+        assert default_net(images).pixels.shape == (1, 2146)
+    total = counter.get_total_flops() / 2
+    by_module = {name: sum(ops.values()) / 2 for name, ops in counter.get_flop_counts().items()}
+    # What is called as functions, not as modules, must be in the count as well: keys, and the pooling.
+    inside = sum(by_module[f"SparseAttnNet.{part}"] for part in ("coarse", "embedding.hidden", "fusion"))
+    assert total - inside >= 2146 * (32 * 32 + 2 * 32 + 32)
+    assert total <= N_MULTIPLY_ADDS
+
+
+def test_cost_of_the_fine_branch_is_linear_in_k(default_net):
+    def cost(k):
+        net = copy.deepcopy(default_net)
+        net.k.fill_(k)
+        with FlopCounterMode(display=False) as counter:
+            net(torch.zeros(1, 1, 135, 135))
+        return counter.get_total_flops()
+
+    assert cost(3000) - cost(2000) == cost(2000) - cost(1000) > 0

@@ -1,0 +1,525 @@
+"""X as users have it: which forms are taken and refused, that nothing is copied, and the scale."""
+
+import math
+import re
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import sparse
+from sklearn.base import BaseEstimator
+
+from sklearn_sparseattn.images import (
+    ImageRows,
+    PixelScale,
+    chunk_slices,
+    extremes,
+    learn_data_range,
+    validate_images,
+    warn_of_other_range,
+)
+
+INTEGERS = [np.dtype(f"{sign}{size}") for sign in "iu" for size in (1, 2, 4, 8)]
+FLOATS = [np.dtype(f"f{size}") for size in (2, 4, 8)]
+BIG_ENDIAN = [np.dtype(name) for name in (">i2", ">u4", ">f4", ">f8")]
+DTYPES = [np.dtype(bool), *INTEGERS, *FLOATS, *BIG_ENDIAN]
+SPARSE_DTYPES = [dtype for dtype in DTYPES if dtype != np.float16 and dtype.isnative]
+
+
+class Reader(BaseEstimator):
+    """The least that `validate_images` works on."""
+
+
+def fit(X, **options):
+    """A first look at X: the estimator with what it learned, and the rows."""
+    reader = Reader()
+    images, _ = validate_images(reader, X, reset=True, **options)
+    assert images.image_shape == reader.image_shape_
+    assert reader.n_features_in_ == math.prod(reader.image_shape_)
+    return reader, images
+
+
+def again(reader, X):
+    return validate_images(reader, X, reset=False)[0]
+
+
+def everything(images):
+    return images.read(slice(None))
+
+
+def numbers(shape, dtype=np.float64, seed=0):
+    """Small whole numbers, 0 and 1 for bool: the same in every dtype."""
+    highest = 1 if np.dtype(dtype).kind == "b" else 99
+    return np.random.default_rng(seed).integers(0, highest, shape, endpoint=True).astype(dtype)
+
+
+# ---- forms ----
+
+
+@pytest.mark.parametrize(
+    ("shape", "image_shape", "expected"),
+    [
+        ((3, 16), None, (4, 4, 1)),
+        ((3, 12), None, (1, 12, 1)),
+        ((3, 1), None, (1, 1, 1)),
+        ((3, 12), (3, 4), (3, 4, 1)),
+        ((3, 16), (2, 8), (2, 8, 1)),
+        ((3, 12), (2, 2, 3), (2, 2, 3)),
+        ((3, 12), [np.int64(2), np.uint8(6)], (2, 6, 1)),
+        ((3, 4, 5), None, (4, 5, 1)),
+        ((3, 4, 5), (4, 5), (4, 5, 1)),
+        ((3, 4, 5), (4, 5, 1), (4, 5, 1)),
+        ((3, 4, 5, 1), None, (4, 5, 1)),
+        ((3, 4, 5, 1), (4, 5), (4, 5, 1)),
+        ((3, 4, 5, 3), None, (4, 5, 3)),
+        ((3, 4, 5, 7), None, (4, 5, 7)),
+        ((3, 1, 1, 1), None, (1, 1, 1)),
+        ((3, 3, 2, 3), None, (3, 2, 3)),  # three rows of pixels, not channels first
+        ((3, 1, 9, 4), None, (1, 9, 4)),
+        ((3, 3, 9, 12), (3, 9, 12), (3, 9, 12)),  # the user insists
+    ],
+)
+def test_form_of_the_images(shape, image_shape, expected):
+    X = numbers(shape)
+    reader, images = fit(X, image_shape=image_shape)
+    assert reader.image_shape_ == expected
+    assert all(type(n) is int for n in reader.image_shape_)
+    np.testing.assert_array_equal(everything(images), X.reshape(3, *expected))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_forms_are_interchangeable_after_a_fit(channels):
+    full = numbers((4, 5, 6, channels))
+    forms = [full, full.reshape(4, -1), sparse.csr_array(full.reshape(4, -1))]
+    if channels == 1:
+        forms.append(full[..., 0])
+    for first in forms:
+        shape = (5, 6, channels)
+        reader, _ = fit(first, image_shape=shape)
+        for second in forms:
+            np.testing.assert_array_equal(everything(again(reader, second)), full)
+
+
+@pytest.mark.parametrize("shape", [(6, 16), (6, 3, 5), (6, 3, 5, 2)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_arrays_of_any_dtype_are_read_where_they_lie(dtype, shape):
+    X = numbers(shape, dtype)
+    X.flags.writeable = False
+    _, images = fit(X)
+    assert images.data.dtype == dtype
+    assert np.shares_memory(images.data, X)
+    assert np.shares_memory(images.read(slice(2, 4)), X)
+    np.testing.assert_array_equal(everything(images).ravel(), X.ravel())
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda X: X[::2], lambda X: X[:, ::-1], np.asfortranarray, lambda X: np.moveaxis(X, 1, 2)],
+    ids=["every other", "mirrored", "Fortran", "transposed"],
+)
+def test_views_are_not_copied(view):
+    X = view(numbers((6, 4, 5), np.uint8))
+    _, images = fit(X)
+    assert np.shares_memory(images.data, X)
+    np.testing.assert_array_equal(everything(images)[..., 0], X)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
+def test_memory_map_stays_on_disk(tmp_path, dtype):
+    X = numbers((6, 4, 5), dtype)
+    np.save(tmp_path / "X.npy", X)
+    mapped = np.load(tmp_path / "X.npy", mmap_mode="r")
+    _, images = fit(mapped)
+    assert np.shares_memory(images.data, mapped)
+    base = images.data
+    while not isinstance(base, np.memmap):
+        base = base.base
+    np.testing.assert_array_equal(everything(images)[..., 0], X)
+
+
+def test_data_frame():
+    X = pd.DataFrame(numbers((5, 9), np.float32), columns=[f"pixel{i}" for i in range(9)])
+    reader, images = fit(X)
+    assert list(reader.feature_names_in_) == list(X.columns)
+    assert images.data.dtype == np.float32
+    np.testing.assert_array_equal(everything(images).reshape(5, 9), X.to_numpy())
+    with pytest.raises(ValueError, match="feature names"):
+        again(reader, X.rename(columns={"pixel0": "other"}))
+
+
+@pytest.mark.parametrize("dtype", SPARSE_DTYPES, ids=str)
+@pytest.mark.parametrize("container", ["csr", "csc", "coo"])
+@pytest.mark.parametrize("kind", ["matrix", "array"])
+def test_sparse(dtype, container, kind):
+    X = numbers((5, 12), dtype) * (numbers((5, 12), bool, seed=1))
+    given_X = getattr(sparse, f"{container}_{kind}")(X)
+    _, images = fit(given_X, image_shape=(3, 4))
+    assert sparse.issparse(images.data)
+    if container == "csr":
+        assert np.shares_memory(images.data.data, given_X.data)
+    found = images.read(slice(1, 4))
+    assert type(found) is np.ndarray
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, X[1:4].reshape(3, 3, 4, 1))
+    np.testing.assert_array_equal(images.take(np.array([4, 0])).read(slice(1, 2)), X[:1].reshape(1, 3, 4, 1))
+
+
+def test_lists():
+    X = numbers((3, 2, 5))
+    for container in (X.tolist(), list(X), tuple(X), [list(image) for image in X]):
+        _, images = fit(container)
+        np.testing.assert_array_equal(everything(images)[..., 0], X)
+
+
+def test_y_is_checked_with_x():
+    X, y = numbers((3, 4)), np.array(["a", "b", "a"])
+    images, checked = validate_images(Reader(), X, y, reset=True)
+    assert len(images) == 3
+    np.testing.assert_array_equal(checked, y)
+    with pytest.raises(ValueError, match=re.escape("inconsistent numbers of samples: [3, 2]")):
+        validate_images(Reader(), X, y[:2], reset=True)
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 28, 28), (4, 3, 64, 48), (4, 3, 2, 5)])
+def test_channels_first_is_refused_with_the_remedy(shape):
+    with pytest.raises(ValueError, match=re.escape("np.moveaxis(X, 1, -1)")):
+        fit(numbers(shape))
+    last = np.moveaxis(numbers(shape), 1, -1)
+    reader, images = fit(last)
+    np.testing.assert_array_equal(everything(images), last)
+    with pytest.raises(ValueError, match=re.escape("np.moveaxis(X, 1, -1)")):
+        again(reader, numbers(shape))
+
+
+def crops(as_objects):
+    images = [np.zeros((4, 5)), np.zeros((6, 5)), np.zeros((4, 5)), np.zeros((4, 5, 3))]
+    if not as_objects:
+        return images
+    X = np.empty(4, dtype=object)
+    X[:] = images
+    return X
+
+
+@pytest.mark.parametrize("as_objects", [False, True])
+@pytest.mark.parametrize("reset", [True, False])
+def test_mixed_sizes_name_the_loader(as_objects, reset):
+    reader, _ = fit(np.zeros((2, 4, 5)))
+    with pytest.raises(ValueError, match=r"3 different shapes \(\(4, 5\), .*load_image_folder\(.*crop.*size"):
+        validate_images(reader, crops(as_objects), reset=reset)
+
+
+@pytest.mark.parametrize(
+    ("X", "image_shape", "message"),
+    [
+        (np.zeros(5), None, "Expected 2D, 3D or 4D array, got 1D array instead"),
+        (np.zeros((2, 3, 4, 5, 6)), None, "X has shape (2, 3, 4, 5, 6): (n, features), (n, H, W) or"),
+        (np.zeros((0, 4)), None, "0 sample(s)"),
+        (np.zeros((0, 4, 4)), None, "0 sample(s)"),
+        (np.zeros((4, 0)), None, "0 feature(s)"),
+        (np.zeros((4, 0, 3)), None, "X has shape (4, 0, 3)"),
+        (np.zeros((4, 5, 5, 0)), None, "X has shape (4, 5, 5, 0)"),
+        (
+            np.zeros((4, 12)),
+            (3, 5),
+            "image_shape=(3, 5, 1) has 15 values, but the rows of X have 12 features",
+        ),
+        (np.zeros((4, 12)), (3, 4, 3), "has 36 values"),
+        (np.zeros((4, 3, 4)), (4, 3), "image_shape=(4, 3) does not fit X of shape (4, 3, 4)"),
+        (np.zeros((4, 3, 4, 3)), (3, 4), "image_shape=(3, 4) does not fit X of shape (4, 3, 4, 3)"),
+        (np.zeros((4, 12)), (12,), "image_shape=(12,) is no image shape"),
+        (np.zeros((4, 12)), (1, 2, 3, 2), "is no image shape"),
+        (np.zeros((4, 12)), (3.0, 4), "is no image shape"),
+        (np.zeros((4, 12)), (True, 12), "is no image shape"),
+        (np.zeros((4, 12)), (-3, -4), "is no image shape"),
+        (np.zeros((4, 12)), (0, 12), "is no image shape"),
+        (np.zeros((4, 12)), "3x4", "is no image shape"),
+        (np.zeros((4, 12), complex), None, "Complex data not supported"),
+        ([["a", "b"], ["c", "d"]], None, "could not convert string to float"),
+    ],
+)
+def test_no_set_of_images(X, image_shape, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fit(X, image_shape=image_shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 29), "X has 29 features, but Reader is expecting 30 features as input"),
+        ((2, 6, 5), "X has images of shape (6, 5, 1), but Reader was fitted to (H, W, C) = (5, 6, 1)"),
+        ((2, 10, 12), "X has images of shape (10, 12, 1)"),
+        ((2, 5, 6, 3), "X has images of shape (5, 6, 3)"),
+        ((2, 5, 6, 1, 1), "X has images of shape (5, 6, 1, 1)"),
+        ((30,), "Expected 2D, 3D or 4D array, got 1D array instead"),
+        ((0, 5, 6), "0 sample(s)"),
+    ],
+)
+def test_another_size_after_the_fit(shape, message):
+    reader, _ = fit(np.zeros((3, 5, 6)))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        again(reader, np.zeros(shape))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(3, 8), (3, 2, 4), (3, 2, 2, 2)])
+def test_what_is_not_finite(value, dtype, shape):
+    X = np.zeros(shape, dtype)
+    X[1, ..., -1] = value
+    with pytest.raises(ValueError, match="NaN" if np.isnan(value) else "infinity"):
+        fit(X)
+    if dtype != np.float16 and len(shape) == 2:
+        with pytest.raises(ValueError, match="NaN" if np.isnan(value) else "infinity"):
+            fit(sparse.csr_array(X))
+
+
+# ---- reading rows ----
+
+
+@given(
+    n=st.integers(1, 12),
+    picks=st.lists(st.lists(st.integers(0, 11), min_size=1, max_size=9), max_size=3),
+    as_sparse=st.booleans(),
+)
+def test_taking_rows_composes(n, picks, as_sparse):
+    X = np.arange(n * 6, dtype=np.float64).reshape(n, 6)
+    data = sparse.csr_array(X) if as_sparse else X
+    images, expected = ImageRows(data, (2, 3, 1)), X.reshape(n, 2, 3, 1)
+    for pick in picks:
+        rows = np.array(pick) % len(expected)
+        images, expected = images.take(rows), expected[rows]
+        assert images.data is data
+    assert len(images) == len(expected)
+    np.testing.assert_array_equal(everything(images), expected)
+    np.testing.assert_array_equal(images.read(np.array([len(expected) - 1, 0])), expected[[-1, 0]])
+    np.testing.assert_array_equal(images.read(slice(1, 3)), expected[1:3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_precision_of_results(dtype):
+    images = ImageRows(np.zeros((2, 4), dtype), (2, 2, 1))
+    assert images.float_dtype == (np.float64 if dtype.newbyteorder("=") == np.float64 else np.float32)
+    assert images.float_dtype.isnative
+
+
+@given(
+    n_rows=st.integers(0, 200),
+    image_shape=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4)),
+    n_values=st.integers(1, 1000),
+)
+def test_chunks_cover_every_row_once(n_rows, image_shape, n_values):
+    chunks = list(chunk_slices(n_rows, image_shape, n_values))
+    rows = [i for chunk in chunks for i in range(chunk.start, chunk.stop)]
+    assert rows == list(range(n_rows))
+    sizes = [chunk.stop - chunk.start for chunk in chunks]
+    assert all(size == 1 or 1 <= size * math.prod(image_shape) <= n_values for size in sizes)
+    # And no more of them than needed.
+    assert len(chunks) == math.ceil(n_rows / max(1, n_values // math.prod(image_shape)))
+
+
+# ---- the scale ----
+
+
+@pytest.mark.parametrize("data_range", [(0.0, 255.0), (3.0, 17.5), (-1.0, 1.0), (0.0, 0.1), (1e-3, 1e6)])
+@pytest.mark.parametrize("highest", [1, 100, 255])
+def test_the_same_numbers_give_the_same_bits(data_range, highest):
+    values = np.random.default_rng(0).integers(0, highest + 1, (3, 5, 4, 2))
+    dtypes = [dtype for dtype in DTYPES if np.array_equal(values.astype(dtype), values)]
+    assert np.dtype(np.uint8) in dtypes
+    assert (np.dtype(bool) in dtypes) == (highest == 1)
+    scale = PixelScale(data_range)
+    expected = scale(values.astype(np.float64))
+    for dtype in dtypes:
+        found = scale(values.astype(dtype))
+        assert found.dtype == np.float32
+        assert found.tobytes() == expected.tobytes(), dtype
+
+
+@given(
+    images=hnp.arrays(
+        st.sampled_from([np.uint8, np.int16, np.uint64, np.float32, np.float64]),
+        hnp.array_shapes(min_dims=4, max_dims=4, max_side=4),
+    ).filter(lambda images: np.isfinite(images).all()),
+    low=st.floats(-1e3, 1e3),
+    span=st.floats(1e-3, 1e4),
+)
+def test_the_scale_is_affine_and_never_clips(images, low, span):
+    images = np.clip(images.astype(np.float64), -1e20, 1e20).astype(images.dtype)
+    before = images.copy()
+    scaled = PixelScale((low, low + span))(images)
+    expected = np.moveaxis((images.astype(np.longdouble) - low) / (np.float64(low + span) - low), -1, 1)
+    assert scaled.dtype == np.float32
+    assert scaled.shape == expected.shape
+    assert scaled.flags.c_contiguous
+    assert scaled.flags.owndata
+    assert scaled.flags.writeable
+    assert not np.shares_memory(scaled, images)
+    np.testing.assert_array_equal(images, before)
+    np.testing.assert_allclose(scaled, expected.astype(np.float64), rtol=2e-7, atol=1e-12 * (1 + abs(low)))
+
+
+def test_channels_come_first():
+    images = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
+    scaled = PixelScale((0.0, 1.0))(images)
+    np.testing.assert_array_equal(scaled, images.transpose(0, 3, 1, 2))
+
+
+def test_zero_stays_zero_where_it_begins_at_zero():
+    scaled = PixelScale((0.0, 7.0))(np.array([-14.0, 0.0, 3.5, 70.0]).reshape(1, 2, 2, 1))
+    np.testing.assert_array_equal(scaled.ravel(), np.float32([-2, 0, 0.5, 10]))
+
+
+def test_overflow_becomes_infinity_in_silence():
+    """`inference` says it in words; NumPy's own warning would say it earlier and worse."""
+    for data_range in ((0.0, 1.0), (2.0, 3.0), (-1.0, 1e-300), (1.7e308, 1.75e308)):
+        scaled = PixelScale(data_range)(np.array([1e308, -1.7e308]).reshape(1, 1, 2, 1))
+        assert scaled.dtype == np.float32
+
+
+@pytest.mark.parametrize("high", [1e-37, 1e-310, 5e-324])
+def test_images_in_very_small_units(high):
+    """Seconds, moles, watts: what is large against the table for bytes must not disturb it."""
+    images = ImageRows(np.array([[0.0, high]]), (1, 2, 1))
+    data_range = learn_data_range(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scaled = PixelScale(data_range)(everything(images))
+        warn_of_other_range(images, data_range)
+    assert np.isfinite(scaled).all()
+
+
+# ---- the range ----
+
+
+def rows_of(values, dtype=np.float64, **options):
+    data = np.array(values, dtype).reshape(1, -1)
+    return ImageRows(sparse.csr_array(data) if options else data, (1, data.size, 1))
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (rows_of([3, 9], np.uint8), (0, 255)),
+        (rows_of([3, 9], np.uint8, sparse=True), (0, 255)),
+        (rows_of([0, 0], bool), (0, 1)),
+        (rows_of([1, 1], bool), (0, 1)),
+        (rows_of([100, 4095], np.uint16), (100, 4095)),
+        (rows_of([100, 127], np.int8), (100, 127)),
+        (rows_of([0.25, 0.5], np.float16), (0.25, 0.5)),
+        (rows_of([-3.0, 2.0]), (0, 3)),
+        (rows_of([-3.0, 8.0]), (0, 8)),
+        (rows_of([-3.0, -2.0]), (0, 3)),
+        (rows_of([-128, 127], np.int8), (0, 128)),
+        (rows_of([5.0, 7.0], sparse=True), (0, 7)),
+        (rows_of([5, 0, 2], np.int16, sparse=True), (0, 5)),
+        (rows_of([-9.0, 0, 2], sparse=True), (0, 9)),
+        (rows_of([0, 2**64 - 1], np.uint64), (0, 2.0**64)),
+        (rows_of([0, 1e300]), (0, 1e300)),
+        (rows_of([-1.7e308, 1.7e308]), (0, 1.7e308)),
+    ],
+)
+def test_range_that_is_learned(images, expected):
+    found = learn_data_range(images)
+    assert found == expected
+    assert all(type(value) is float for value in found)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0, 1e-9, 12345.0, 1e17, -4.0, -1e-300, 1e308])
+@pytest.mark.parametrize("options", [{}, {"sparse": True}], ids=["dense", "sparse"])
+def test_constant_images_have_a_range(value, options):
+    images = rows_of([value] * 4, **options)
+    low, high = learn_data_range(images)
+    assert low < high < math.inf
+    scaled = PixelScale((low, high))(everything(images))
+    assert np.isfinite(scaled).all()
+    assert abs(scaled).max() <= 1
+
+
+@given(
+    values=hnp.arrays(
+        st.sampled_from([np.float64, np.float32, np.int16, np.uint16]),
+        st.integers(1, 8),
+        elements=None,
+    ).filter(lambda values: np.isfinite(values).all()),
+    as_sparse=st.booleans(),
+)
+@example(values=np.array([5e-324]), as_sparse=False)
+def test_any_training_images_come_to_about_one(values, as_sparse):
+    images = rows_of(values, values.dtype, **({"sparse": True} if as_sparse else {}))
+    low, high = learn_data_range(images)
+    scaled = PixelScale((low, high))(everything(images))
+    assert np.isfinite([low, high]).all()
+    assert low < high
+    assert scaled.min() >= (-1 if as_sparse or values.min() < 0 else 0)
+    assert scaled.max() <= 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_other_range(images, (low, high))
+
+
+def test_extremes_look_at_the_rows_that_count():
+    data = np.array([[1.0, 2.0], [-50.0, 3.0], [4.0, 90.0]])
+    images = ImageRows(data, (1, 2, 1))
+    assert extremes(images) == (-50, 90)
+    assert extremes(images.take(np.array([0]))) == (1, 2)
+
+
+def test_extremes_see_every_chunk():
+    data = np.zeros((40, 2**15), np.int8)  # more than one chunk
+    assert len(list(chunk_slices(40, (1, 2**15, 1)))) > 1
+    data[-1, -1], data[20, 5] = 9, -7
+    assert extremes(ImageRows(data, (1, 2**15, 1))) == (-7, 9)
+
+
+def test_range_given_by_the_user():
+    found = learn_data_range(rows_of([3, 9], np.uint8), [np.float32(0.5), 4])
+    assert found == (0.5, 4.0)
+    assert all(type(value) is float for value in found)
+
+
+@pytest.mark.parametrize(
+    "given_range", [(0, 255, 3), (1,), 5, "no", ("a", "b"), (1, 1), (2, 1), (0, np.inf), (np.nan, 1)]
+)
+def test_no_range(given_range):
+    with pytest.raises(ValueError, match="must be two finite numbers"):
+        learn_data_range(rows_of([3, 9]), given_range)
+
+
+@pytest.mark.parametrize(
+    ("values", "data_range", "warns"),
+    [
+        ([0, 1], (0, 255), True),  # floats in [0, 1] after a fit on bytes
+        ([0, 255], (0, 1), True),  # and the other way round
+        ([0, 2.5], (0, 255), True),
+        ([0, 2.6], (0, 255), False),
+        ([0, 2550], (0, 255), False),
+        ([0, 2551], (0, 255), True),
+        ([-5, 5], (0, 1), False),
+        ([-5.1, 5.1], (0, 1), True),
+        ([7, 7], (0, 1e9), False),  # constant images tell nothing
+        ([1e6, 1e6], (0, 1), False),
+        ([1000, 1001], (0, 1), False),  # an offset is no other unit
+        ([-1.7e308, 1.7e308], (0, 1.7e308), False),
+        ([0, 1.7e308], (0, 1), True),
+    ],
+)
+def test_warning_of_other_units(values, data_range, warns):
+    images = rows_of(values)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_other_range(images, tuple(map(float, data_range)))
+    assert len(caught) == warns
+    if warns:
+        assert caught[0].category is UserWarning
+        assert "in the units of the training images" in str(caught[0].message)
+
+
+def test_no_images_no_warning():
+    warn_of_other_range(ImageRows(np.zeros((0, 4)), (2, 2, 1)), (0.0, 1.0))
