@@ -72,7 +72,7 @@ def pbc5(seed):
 
 def generated(modality):
     def measure(seed):
-        cells = make_cells(2000, modality=modality, image_size=96, random_state=seed)
+        cells = make_cells(1500, modality=modality, image_size=96, random_state=seed)
         # Turned by a quarter, a hologram's carrier runs in a direction that no camera sees.
         augment = None if modality == "hologram" else "dihedral"
         return split_and_score(cells.images, cells.target, seed, augment=augment)
@@ -90,7 +90,7 @@ def digits(seed):
 def cost(seed):
     """Parameters, multiply-adds and throughput at the paper's size, k = 2146 of 135×135, three classes."""
     network = SparseAttnNet(1, 3, k=2146).eval()
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    with FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 1, 135, 135))
     cells = make_cells(256, image_size=135, random_state=seed)
     clf = SparseAttnClassifier(k_init=2146, k_min=2146, k_max=2146, max_epochs=1, random_state=seed)
@@ -110,7 +110,7 @@ def cost(seed):
 MODALITIES = ("opd", "hologram", "event", "brightfield")
 JOBS = {
     **{f"pbc5/{seed}": (pbc5, seed) for seed in SEEDS},
-    **{f"{m}/{seed}": (generated(m), seed) for m in MODALITIES for seed in SEEDS},
+    **{f"{m}/{seed}": (generated(m), seed) for seed in SEEDS[:2] for m in MODALITIES},
     **{f"digits/{seed}": (digits, seed) for seed in SEEDS},
     "cost/0": (cost, 0),
 }
@@ -153,8 +153,8 @@ def tables(results):
     where = run["machine"]
     lines += [
         "",
-        f"80 % for training, mean ± sd over {len(SEEDS)} seeds. scikit-learn's digits, `cross_val_score` "
-        f"with `cv=3` and default settings: {accuracy} %.",
+        f"80 % for training, mean ± sd over {len(SEEDS)} seeds (two for the generated cells). "
+        f"scikit-learn's digits, `cross_val_score` with `cv=3` and default settings: {accuracy} %.",
         "",
         f"At 135×135, one channel, k = 2146: {run['parameters']:,} parameters, "
         f"{run['multiply_adds'] / 1e6:.1f} M multiply-adds, {run['images_per_second']:.0f} images/s through "

@@ -4,6 +4,7 @@ Parameters, validation and fit. The mathematics is in `network`, the training lo
 fitted estimator answers in `fitted`.
 """
 
+import copy
 from numbers import Integral, Real
 
 import numpy as np
@@ -12,13 +13,13 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight
 
-from .fitted import FittedNetwork
+from .fitted import FittedNetwork, all_or_nothing
 from .images import PixelScale, learn_data_range, validate_images
 from .inference import resolve_device
 from .network import SparseAttnNet
 from .training.batches import Batches, LabelledImages, dihedral
 from .training.dynamic_k import EMA_DECAY, GROW, K_MAX, K_MIN, MOMENTUM, SHRINK, resolve_bounds
-from .training.fit import TrainingResult, TrainingSettings, train
+from .training.fit import TrainingResult, TrainingSettings, join_histories, train
 from .training.net import recompute_batch_norm
 from .training.setup import class_weights, label_images, make_dynamic_k, make_generators, new_network
 from .training.split import validation_split
@@ -34,9 +35,9 @@ class SparseAttnClassifier(FittedNetwork):
     """Classify images by the few per cent of their pixels that matter (SparseAttnNet [1]_).
 
     A small convolutional network looks at the whole image once and scores every pixel. Only the k best go
-    on, each as a token of its position and brightness; an attention of linear cost pools them, and a small
-    MLP classifies from the pooled tokens and the pooled features of the first look. k itself is learned: it
-    falls while the training loss falls, and rises when that stalls.
+    on, as tokens of position and brightness; an attention of linear cost pools them, and a small MLP
+    classifies from these and from the pooled features of the first look. k falls while the training loss
+    falls, and rises when that stalls.
 
     Parameters
     ----------
@@ -55,10 +56,8 @@ class SparseAttnClassifier(FittedNetwork):
         Length D of a token, and heads of the fine attention, at most D.
     hidden_dim : int, default=128
         Hidden width of the classifier. The paper has 512, which exceeds its own 0.05 M parameters.
-    focal_gamma : float, default=2.0
-        Exponent of the focal loss; 0 is cross-entropy.
-    class_weight : "balanced", dict or None, default=None
-        alpha of the focal loss by class label.
+    focal_gamma, class_weight : default=2.0, None
+        Exponent of the focal loss, 0 is cross-entropy; its alpha by class: a dict by label, or "balanced".
     contrastive_weight, temperature : float, default=0.1, 0.07
         Weight and temperature of the supervised contrastive loss.
     distillation_weight : float, default=0.02
@@ -89,9 +88,9 @@ class SparseAttnClassifier(FittedNetwork):
     patience : int, default=10
         See `early_stopping`.
     warm_start : bool, default=False
-        Let `fit` go on from the network and the k of the last fit instead of new ones.
+        Let `fit` go on from the network, k and data range of the last fit instead of new ones.
     callbacks : list of skorch callbacks, default=None
-        Further callbacks, or pairs (name, callback).
+        Further callbacks, or pairs (name, callback), used as they are; a DynamicK replaces the built-in one.
     device : str or torch.device, default="cpu"
         "cpu", "cuda", "cuda:1", "mps", or "auto" for what there is.
     random_state : int, RandomState instance or None, default=None
@@ -258,6 +257,7 @@ class SparseAttnClassifier(FittedNetwork):
         self.random_state = random_state
         self.verbose = verbose
 
+    @all_or_nothing
     def fit(self, X, y, sample_weight=None, *, X_val=None, y_val=None):
         """Fit the network to images.
 
@@ -305,11 +305,13 @@ class SparseAttnClassifier(FittedNetwork):
         network = self._network_to_train(fresh, generator)
         settings = TrainingSettings.from_params(self.get_params(deep=False))
         result = self._train(network, training, held_out, rng, device, settings)
-        recompute_batch_norm(network, Batches(training, self.batch_size), device)
+        # Shuffled: rows may come sorted by class, and the statistics are those of batches.
+        recompute_batch_norm(network, Batches(training, self.batch_size, rng), device)
         self._finish(network, result, fresh)
         self._resume = None
         return self
 
+    @all_or_nothing
     def partial_fit(self, X, y, classes=None, sample_weight=None):
         """Make one training pass over some rows, going on from where the last call ended.
 
@@ -359,7 +361,7 @@ class SparseAttnClassifier(FittedNetwork):
         state = getattr(self, "_resume", None)
         rng, generator = make_generators(self.random_state)
         if state is not None:
-            rng = state.rng
+            rng = copy.deepcopy(state.rng)
         network = self._network_to_train(first, generator)
         one_pass = {"max_epochs": 1, "lr_schedule": None, "early_stopping": False}
         settings = TrainingSettings.from_params(self.get_params(deep=False), **one_pass)
@@ -402,8 +404,11 @@ class SparseAttnClassifier(FittedNetwork):
             return None
         if X_val is None or y_val is None:
             raise ValueError("X_val and y_val go together: one of them is None.")
-        images, y_val = validate_images(self, X_val, y_val, reset=False)
-        return label_images(images, self._encode(y_val), np.ones(len(images)), scale)
+        try:
+            images, y_val = validate_images(self, X_val, y_val, reset=False)
+            return label_images(images, self._encode(y_val), np.ones(len(images)), scale)
+        except ValueError as error:
+            raise ValueError(f"X_val or y_val: {error}") from error
 
     def _split(self, target, rng):
         """Hold rows out for validation; if the classes do not allow it, say so where it was asked for."""
@@ -419,10 +424,7 @@ class SparseAttnClassifier(FittedNetwork):
 
     def _network_to_train(self, fresh: bool, generator: torch.Generator) -> SparseAttnNet:
         if not fresh:
-            return self.network_
-        self.__dict__.pop(
-            "network_", None
-        )  # should the fit fail, an old network would not fit the new classes
+            return copy.deepcopy(self.network_)  # should the fit fail, the old one is still there
         return new_network(self.get_params(deep=False), self.image_shape_, len(self.classes_), generator)
 
     def _train(self, network, training, held_out, rng, device, settings, state=None) -> TrainingResult:
@@ -443,9 +445,5 @@ class SparseAttnClassifier(FittedNetwork):
     def _finish(self, network: SparseAttnNet, result: TrainingResult, fresh: bool) -> None:
         self.network_ = network
         self.k_ = network.n_chosen(self._n_pixels)
-        past: dict[str, np.ndarray] = {} if fresh else self.history_
-        self.history_ = {
-            name: np.concatenate([past[name], column]) if name in past else column
-            for name, column in result.history.items()
-        }
-        self.n_iter_ = len(self.history_["train_loss"])
+        self.history_ = result.history if fresh else join_histories(self.history_, result.history)
+        self.n_iter_ = len(self.history_["epoch"])

@@ -4,8 +4,10 @@ Nothing is fitted here. `SparseAttnClassifier` adds the parameters and the fit.
 """
 
 import copy
+import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -15,6 +17,34 @@ from sklearn.utils.validation import check_is_fitted
 from .images import ImageRows, PixelScale, validate_images, warn_of_other_range
 from .inference import attention_maps, evaluate, fused_features, probabilities, resolve_device
 from .network import SparseAttnOutput
+
+
+def all_or_nothing(fit: Callable) -> Callable:
+    """Let a fit that fails leave the estimator as it was, and fit whatever PyTorch's grad mode is outside.
+
+    Parameters
+    ----------
+    fit : callable
+        Method that fits.
+
+    Returns
+    -------
+    callable
+        The method.
+    """
+
+    @functools.wraps(fit)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = self.__dict__.copy()
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                return fit(self, *args, **kwargs)
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
+    return wrapped
 
 
 class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMixin, BaseEstimator):

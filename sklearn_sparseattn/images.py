@@ -45,7 +45,7 @@ class ImageRows:
     @property
     def float_dtype(self) -> np.dtype:
         """Of results that keep the precision of the images: float64 and float32 as they are, else float32."""
-        dtype = self.data.dtype
+        dtype = self.data.dtype.newbyteorder("=")
         return np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
 
     def take(self, rows: npt.NDArray[np.intp]) -> "ImageRows":
@@ -96,7 +96,8 @@ class PixelScale:
         span = self.high - self.low
         # One map for every dtype: a table for uint8, float64 arithmetic for the rest, the same bits.
         self._span = span
-        self._bytes = ((np.arange(256.0) - self.low) / span).astype(np.float32)
+        with np.errstate(over="ignore"):  # bytes may lie far outside a small range
+            self._bytes = ((np.arange(256.0) - self.low) / span).astype(np.float32)
 
     def __call__(self, images: np.ndarray) -> npt.NDArray[np.float32]:
         """Scale images and put the channels first.
@@ -115,10 +116,36 @@ class PixelScale:
         if images.dtype == np.uint8:
             return np.ascontiguousarray(self._bytes[images])
         scaled = np.ascontiguousarray(images, dtype=np.float64)
-        if self.low:
-            scaled = scaled - self.low
-        with np.errstate(over="ignore"):  # what overflows float32 is refused by `inference`
+        with np.errstate(over="ignore"):  # see `finite`
+            if self.low:
+                scaled = scaled - self.low
             return (scaled / self._span).astype(np.float32)
+
+    def finite(self, images: np.ndarray) -> npt.NDArray[np.float32]:
+        """Scale images, and refuse what overflows.
+
+        Parameters
+        ----------
+        images : ndarray of shape (b, H, W, C)
+            In the user's dtype.
+
+        Returns
+        -------
+        ndarray of shape (b, C, H, W), float32
+            A new array, contiguous and finite.
+
+        Raises
+        ------
+        ValueError
+            If a value lies so far outside of the range that float32 cannot hold it.
+        """
+        scaled = self(images)
+        if not np.isfinite(scaled).all():
+            raise ValueError(
+                f"X has values too far from data_range_=({self.low}, {self.high}) of the fit: scaled, they "
+                "overflow. Is X in the units of the training images?"
+            )
+        return scaled
 
 
 def learn_data_range(images: ImageRows, given: Sequence[float] | None = None) -> tuple[float, float]:
@@ -162,7 +189,7 @@ def _check_data_range(data_range: Sequence[float]) -> tuple[float, float]:
         low, high = (float(value) for value in data_range)
     except (TypeError, ValueError):
         low, high = 0.0, 0.0
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    if not (math.isfinite(high - low) and low < high):
         raise ValueError(f"data_range={data_range!r} must be two finite numbers (lo, hi), lo < hi, or None.")
     return low, high
 
@@ -204,7 +231,9 @@ def warn_of_other_range(images: ImageRows, data_range: tuple[float, float]) -> N
     if not len(images):
         return
     low, high = extremes(images)
-    share = (high / 2 - low / 2) / (data_range[1] / 2 - data_range[0] / 2)
+    # In halves, a range cannot overflow; half of the least number there is would be 0.
+    span = data_range[1] / 2 - data_range[0] / 2 or math.ulp(0.0)
+    share = (high / 2 - low / 2) / span
     if share > 10 or 0 < share < 0.01:
         warnings.warn(
             f"X ranges over [{low:.6g}, {high:.6g}], but the classifier was fitted to data_range_="

@@ -22,7 +22,7 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from sklearn_sparseattn import SparseAttnClassifier
+from sklearn_sparseattn import DynamicK, SparseAttnClassifier
 from sklearn_sparseattn.training.dynamic_k import K_MIN
 
 SIDE = 12
@@ -759,3 +759,139 @@ def test_other_units_get_a_warning(fitted):
 def test_values_beyond_all_range_are_refused(fitted):
     with pytest.warns(UserWarning, match="data_range_"), pytest.raises(ValueError, match="too far"):
         fitted.predict(X.astype(np.float64) * 1e300)
+
+
+# ---- a fit that fails, and what it leaves ----
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda clf: clf.set_params(data_range=(1, 0)).fit(X, np.array(["c", "b", "a"])[Y]),
+        lambda clf: clf.fit(X * 2, Y, X_val=X),
+        lambda clf: clf.set_params(k_min=30, k_max=20).fit(X[:, :6, :6], Y % 2),
+        lambda clf: clf.set_params(lr=1e9).fit(X, Y),
+        lambda clf: clf.set_params(lr=1e9, warm_start=True).fit(X, Y),
+        lambda clf: clf.set_params(augment=lambda images, rng: images * np.nan).partial_fit(X, Y),
+    ],
+)
+def test_a_fit_that_fails_leaves_the_old_one(spoil):
+    clf = quick().fit(X, Y)
+    before = clf.predict_proba(X)
+    params = clf.get_params()
+    with pytest.raises(ValueError, match=r"data_range|X_val|k_min|diverged|augment"):
+        spoil(clf)
+    np.testing.assert_array_equal(clf.set_params(**params).predict_proba(X), before)
+    assert clf.attention_maps(X).pixels.shape == (90, clf.k_)
+
+
+def test_a_partial_fit_that_fails_does_not_count():
+    clf, undisturbed = quick(), quick()
+    for other in (clf, undisturbed):
+        other.partial_fit(X, Y, classes=[0, 1, 2])
+    with pytest.raises(ValueError, match="NaN"):
+        clf.set_params(augment=lambda images, rng: images + np.nan * rng.random()).partial_fit(X, Y)
+    with pytest.raises(ValueError, match="diverged in epoch 1"):
+        clf.set_params(augment=None, lr=1e30).partial_fit(X, Y)
+    clf.set_params(lr=undisturbed.lr).partial_fit(X, Y)
+    np.testing.assert_array_equal(clf.predict_proba(X), undisturbed.partial_fit(X, Y).predict_proba(X))
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"lr": 1e9}, r"diverged in epoch \d: .* lower than 1e\+09"),
+        ({"data_range": (0, 1e-300)}, "data_range_"),
+        ({"augment": lambda images, rng: images * np.inf}, "augment gave images that hold"),
+        ({"class_weight": {0: np.nan}}, r"class_weight=.*weight of 0"),
+        ({"class_weight": {0: -1.0}}, r"class_weight=.*weight of 0"),
+        ({"class_weight": {0: "heavy"}}, r"class_weight=.*weight of 0"),
+        ({"callbacks": [42]}, r"callbacks\[0\]=42"),
+        ({"callbacks": [("a",)]}, r"callbacks\[0\]="),
+        ({"k_init": True}, "k_init=True"),
+    ],
+)
+def test_what_cannot_be_trained_is_named(params, message):
+    with pytest.raises(ValueError, match=message):
+        quick(**params).fit(X, Y)
+
+
+def test_numbers_of_numpy_are_numbers():
+    numpy_params = {
+        "max_epochs": np.uint8(3),
+        "batch_size": np.int64(16),
+        "k_init": np.float32(0.5),
+        "lr": np.float32(0.01),
+        "early_stopping": np.bool_(False),
+    }
+    plain = {name: value.item() for name, value in numpy_params.items()}
+    expected = quick(**plain).fit(X, Y).predict_proba(X)
+    np.testing.assert_array_equal(quick(**numpy_params).fit(X, Y).predict_proba(X), expected)
+    GridSearchCV(quick(), {"max_epochs": np.arange(1, 3)}, cv=2, error_score="raise").fit(X, Y)
+
+
+def test_huge_weights_do_not_overflow():
+    weight = np.random.default_rng(0).uniform(0.5, 1, 90)
+    expected = quick().fit(X, Y, sample_weight=weight).predict_proba(X)
+    huge = quick().fit(X, Y, sample_weight=weight * 1e308).predict_proba(X)
+    np.testing.assert_allclose(huge, expected, atol=1e-6)
+
+
+def test_a_given_dynamic_k_replaces_the_built_in_one():
+    clf = quick(callbacks=[DynamicK.paper(k_min=1)], max_epochs=6, batch_size=8).fit(X, Y)
+    # By batch, k has moved before the first epoch ends; by epoch it has not.
+    start = 8000 / 18225 * SIDE**2
+    assert clf.history_["k"][0] != pytest.approx(start)
+    assert quick().fit(X, Y).history_["k"][0] == pytest.approx(start)
+    frozen = quick(callbacks=[DynamicK(shrink=0, grow=0)], max_epochs=4).fit(X, Y)
+    assert np.all(frozen.history_["k"] == frozen.history_["k"][0])
+
+
+def test_learning_rate_is_that_of_the_last_step_of_an_epoch():
+    used = []
+
+    class Watch(skorch.callbacks.Callback):
+        def on_batch_begin(self, net, training=False, **kwargs):
+            used.append(net.optimizer_.param_groups[0]["lr"])
+
+    clf = quick(batch_size=30, callbacks=[Watch()]).fit(X, Y)
+    assert len(used) == 9
+    np.testing.assert_allclose(clf.history_["lr"], used[2::3])
+
+
+def test_history_grows_by_whole_columns():
+    clf = quick(warm_start=True).fit(X, Y)
+    clf.set_params(early_stopping=True).fit(X, Y)
+    clf.partial_fit(X, Y)
+    assert {len(column) for column in clf.history_.values()} == {7}
+    np.testing.assert_array_equal(clf.history_["epoch"], np.arange(1, 8))
+    np.testing.assert_array_equal(np.isnan(clf.history_["valid_loss"]), [1, 1, 1, 0, 0, 0, 1])
+    assert clf.n_iter_ == 7
+
+
+def test_whatever_the_default_dtype_and_grad_mode():
+    expected = quick().fit(X, Y).predict_proba(X)
+    with torch.inference_mode():
+        np.testing.assert_array_equal(quick().fit(X, Y).predict_proba(X), expected)
+    torch.set_default_dtype(torch.float64)
+    try:
+        np.testing.assert_allclose(quick().fit(X, Y).predict_proba(X), expected, atol=1e-5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_callback_that_stops_is_no_interruption():
+    stop = skorch.callbacks.EarlyStopping(monitor="train_loss", patience=2, threshold=1.0)
+    clf = quick(max_epochs=10, callbacks=[stop]).fit(X, Y)
+    assert clf.n_iter_ < 10
+
+
+def test_row_order_does_not_bias_batch_norm():
+    order = np.argsort(Y, kind="stable")
+    clf = quick(max_epochs=10).fit(X[order], Y[order])
+    norm = clf.network_.fusion.first[1]
+    features = torch.from_numpy(clf.transform(X.astype(np.float64))).float()
+    with torch.no_grad():
+        hidden = clf.network_.fusion.first[0](features)
+    ratio = (norm.running_var / hidden.var(0)).median()
+    assert 0.7 < ratio < 1.4

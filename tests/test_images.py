@@ -241,7 +241,7 @@ def test_mixed_sizes_name_the_loader(as_objects, reset):
         (np.zeros((4, 12)), (0, 12), "is no image shape"),
         (np.zeros((4, 12)), "3x4", "is no image shape"),
         (np.zeros((4, 12), complex), None, "Complex data not supported"),
-        ([["a", "b"], ["c", "d"]], None, "could not convert string to float"),
+        ([["a", "b"], ["c", "d"]], None, "not compatible with arrays of bytes/strings"),
     ],
 )
 def test_no_set_of_images(X, image_shape, message):
@@ -351,7 +351,8 @@ def test_the_same_numbers_give_the_same_bits(data_range, highest):
     span=st.floats(1e-3, 1e4),
 )
 def test_the_scale_is_affine_and_never_clips(images, low, span):
-    images = np.clip(images.astype(np.float64), -1e20, 1e20).astype(images.dtype)
+    if images.dtype.kind == "f":  # far from the end of float32
+        images = np.clip(images, -1e20, 1e20)
     before = images.copy()
     scaled = PixelScale((low, low + span))(images)
     expected = np.moveaxis((images.astype(np.longdouble) - low) / (np.float64(low + span) - low), -1, 1)
@@ -431,7 +432,7 @@ def test_range_that_is_learned(images, expected):
     assert all(type(value) is float for value in found)
 
 
-@pytest.mark.parametrize("value", [0.0, 0.5, 1.0, 1e-9, 12345.0, 1e17, -4.0, -1e-300, 1e308])
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0, 1e-9, 12345.0, 1e17, -4.0, -1e-300, 1e300])
 @pytest.mark.parametrize("options", [{}, {"sparse": True}], ids=["dense", "sparse"])
 def test_constant_images_have_a_range(value, options):
     images = rows_of([value] * 4, **options)
@@ -447,10 +448,12 @@ def test_constant_images_have_a_range(value, options):
         st.sampled_from([np.float64, np.float32, np.int16, np.uint16]),
         st.integers(1, 8),
         elements=None,
-    ).filter(lambda values: np.isfinite(values).all()),
+    ).filter(lambda values: (abs(values.astype(float)) < 1e300).all()),
     as_sparse=st.booleans(),
 )
 @example(values=np.array([5e-324]), as_sparse=False)
+@example(values=np.array([0.0, 5e-324]), as_sparse=False)
+@example(values=np.array([1e-37, 1e-38]), as_sparse=False)
 def test_any_training_images_come_to_about_one(values, as_sparse):
     images = rows_of(values, values.dtype, **({"sparse": True} if as_sparse else {}))
     low, high = learn_data_range(images)
@@ -485,7 +488,8 @@ def test_range_given_by_the_user():
 
 
 @pytest.mark.parametrize(
-    "given_range", [(0, 255, 3), (1,), 5, "no", ("a", "b"), (1, 1), (2, 1), (0, np.inf), (np.nan, 1)]
+    "given_range",
+    [(0, 255, 3), (1,), 5, "no", ("a", "b"), (1, 1), (2, 1), (0, np.inf), (np.nan, 1), (-1e308, 1e308)],
 )
 def test_no_range(given_range):
     with pytest.raises(ValueError, match="must be two finite numbers"):

@@ -7,7 +7,6 @@ could change which of two nearly equal pixels is chosen.
 import copy
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from ..images import ImageRows, PixelScale, chunk_slices
@@ -45,13 +44,7 @@ def evaluate(
         device = torch.device("cpu")
     exact = copy.deepcopy(network).to(device=device, dtype=torch.float64).eval()
     for rows in chunk_slices(len(images), images.image_shape):
-        scaled = scale(images.read(rows))
-        if not np.isfinite(scaled).all():
-            raise ValueError(
-                f"X has values too far from data_range_=({scale.low}, {scale.high}) of the fit: scaled, they "
-                "overflow. Is X in the units of the training images?"
-            )
-        batch = torch.from_numpy(scaled).to(device=device, dtype=torch.float64)
+        batch = torch.from_numpy(scale.finite(images.read(rows))).to(device=device, dtype=torch.float64)
         with torch.inference_mode():
             output = SparseAttnOutput(*(part.cpu() for part in exact(batch)))
         yield rows, output

@@ -57,6 +57,8 @@ def select_pixel_set(scores: Tensor, k: int) -> Tensor:
     ------
     ValueError
         If k lies outside [1, N].
+    FloatingPointError
+        If the scores hold NaN.
     """
     flat = _flat_scores(scores, k)
     n_images, n_pixels = flat.shape
@@ -68,7 +70,10 @@ def select_pixel_set(scores: Tensor, k: int) -> Tensor:
     # Of the pixels at the threshold itself, only the first few fit.
     room = k - above.sum(1, keepdim=True)
     chosen = above | (tied & (tied.cumsum(1) <= room))
-    return chosen.nonzero()[:, 1].view(n_images, k)
+    indices = chosen.nonzero()[:, 1]
+    if len(indices) != n_images * k:
+        raise FloatingPointError("the scores of the pixels hold NaN")
+    return indices.view(n_images, k)
 
 
 def _flat_scores(scores: Tensor, k: int) -> Tensor:

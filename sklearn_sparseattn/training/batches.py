@@ -66,7 +66,7 @@ class LabelledImages(Dataset):
         (target, weight) : tuple of Tensor of shape (b,)
             Class indices and weights.
         """
-        images = self.scale(self.images.read(rows))
+        images = self.scale.finite(self.images.read(rows))
         if augment is not None and rng is not None:
             images = _augmented(images, augment, rng)
         return torch.from_numpy(images), (self.target[rows], self.weight[rows])
@@ -78,6 +78,8 @@ def _augmented(images: np.ndarray, augment: Augmentation, rng: np.random.Generat
         raise ValueError(
             f"augment turned images of shape {images.shape} into {result.shape}; the shape must stay."
         )
+    if not np.isfinite(result).all():
+        raise ValueError("augment gave images that hold NaN or infinity.")
     return result
 
 
@@ -91,7 +93,7 @@ class Batches:
     dataset : LabelledImages
         The rows.
     batch_size : int
-        Greatest number of rows in a batch (2 if 1 is asked for).
+        Greatest number of rows in a batch, but for the one row more that would be left alone.
     rng : numpy.random.Generator, default=None
         Shuffles the rows anew in every pass and drives `augment`; None keeps their order.
     augment : callable, default=None
@@ -122,7 +124,7 @@ class Batches:
 
 
 def count_batches(n_rows: int, batch_size: int) -> int:
-    """Batches in a pass: none above `batch_size` rows, none of a single row if that can be.
+    """Count the batches in a pass: as few as `batch_size` allows, none of a single row if that can be.
 
     Parameters
     ----------

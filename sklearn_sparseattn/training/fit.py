@@ -1,5 +1,6 @@
 """One fit: a network, training rows and settings in; a trained network and its history out."""
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,7 +19,12 @@ from .batches import Augmentation, Batches, LabelledImages, count_batches
 from .dynamic_k import DynamicK
 from .net import LOSS_TERMS, LearningRate, ProgressBar, SparseAttnLoss, SparseAttnTrainer
 
-_HISTORY = ("epoch", "train_loss", *LOSS_TERMS, "k", "lr", "dur", "valid_loss", "valid_score")
+# Columns of the history, and what skorch calls them.
+_COLUMNS = {
+    **{name: name for name in ("epoch", "train_loss", *LOSS_TERMS, "k", "lr")},
+    "duration": "dur",
+    **{name: name for name in ("valid_loss", "valid_score")},
+}
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,12 @@ class TrainingSettings:
         TrainingSettings
             The settings.
         """
-        picked = {field.name: params[field.name] for field in fields(cls)}
-        return cls(**{**picked, **changes})
+        picked = {field.name: params[field.name] for field in fields(cls)} | changes
+        # NumPy's numbers, from a parameter grid for one, would overflow, and PyTorch refuses some.
+        plain = {
+            name: value.item() if isinstance(value, np.generic) else value for name, value in picked.items()
+        }
+        return cls(**plain)
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ def train(
     settings : TrainingSettings
         The rest.
     dynamic_k : DynamicK
-        Moves ``network.k``.
+        Moves ``network.k``, unless there is another DynamicK among the user's callbacks.
     class_weight : ndarray of shape (n_classes,)
         alpha by class.
     augment : callable or None
@@ -125,9 +135,14 @@ def train(
     UserWarning
         If it was interrupted from the keyboard after at least one epoch.
     """
-    stopping = EarlyStopping(patience=settings.patience, load_best=True, sink=lambda text: None)
+    given = _given_callbacks(settings.callbacks)
+    dynamic_k = next((callback for _, callback in given if isinstance(callback, DynamicK)), dynamic_k)
     callbacks = _callbacks(settings, dynamic_k, validation is not None, len(training))
-    if settings.early_stopping:
+    callbacks += [(name, callback) for name, callback in given if callback is not dynamic_k]
+    if settings.early_stopping:  # last, since it ends the round of callbacks
+        stopping = EarlyStopping(
+            patience=settings.patience, threshold=0, load_best=True, sink=lambda text: None
+        )
         callbacks.append(("early_stopping", stopping))
     trainer = SparseAttnTrainer(
         network,
@@ -150,15 +165,15 @@ def train(
         verbose=0,
     ).initialize()
     if state is not None:
-        trainer.optimizer_.load_state_dict(state.optimizer)
+        trainer.optimizer_.load_state_dict(copy.deepcopy(state.optimizer))
         # They come back as they were; set_params may have changed them since.
         trainer.optimizer_.param_groups[0].update(lr=settings.lr, weight_decay=settings.weight_decay)
         dynamic_k.load_state_dict(state.dynamic_k)
     trainer.partial_fit(training)
 
     finished = [row for row in trainer.history if "lr" in row]  # the last thing written of an epoch
-    stopped_early = settings.early_stopping and stopping.misses_ >= settings.patience
-    if len(finished) < settings.max_epochs and not stopped_early:
+    stopped = any(isinstance(c, EarlyStopping) and c.misses_ >= c.patience for _, c in callbacks)
+    if len(finished) < settings.max_epochs and not stopped:
         _interrupted(len(finished), settings.max_epochs)
     optimizer = tree_map(_on_cpu, trainer.optimizer_.state_dict())
     resume = ResumeState(optimizer, dynamic_k.state_dict(), rng)
@@ -183,7 +198,7 @@ def _loss(settings: TrainingSettings, class_weight: np.ndarray) -> SparseAttnLos
 def _callbacks(
     settings: TrainingSettings, dynamic_k: DynamicK, validates: bool, n_rows: int
 ) -> list[tuple[str, Callback]]:
-    """All but early stopping, which must come last: it ends the round of callbacks."""
+    """Our own, in the order in which they need each other's results."""
     callbacks: list[tuple[str, Callback]] = [
         (name, PassthroughScoring(name, on_train=True)) for name in LOSS_TERMS
     ]
@@ -202,9 +217,20 @@ def _callbacks(
         callbacks.append(("schedule", schedule))
     if settings.verbose:
         callbacks.append(("progress", ProgressBar(settings.max_epochs)))
-    for i, callback in enumerate(settings.callbacks or ()):
-        callbacks.append(callback if isinstance(callback, tuple) else (f"callbacks_{i}", callback))
     return callbacks
+
+
+def _given_callbacks(callbacks: Sequence[Any] | None) -> list[tuple[str, Callback]]:
+    """The user's callbacks, each with a name."""
+    named = []
+    for i, given in enumerate(callbacks or ()):
+        name, callback = given if isinstance(given, tuple) and len(given) == 2 else (f"callbacks_{i}", given)
+        if not (isinstance(name, str) and isinstance(callback, Callback)):
+            raise ValueError(
+                f"callbacks[{i}]={given!r} must be an instance of a skorch callback or a pair (name, one)."
+            )
+        named.append((name, callback))
+    return named
 
 
 def _interrupted(n_epochs: int, max_epochs: int) -> None:
@@ -220,5 +246,31 @@ def _interrupted(n_epochs: int, max_epochs: int) -> None:
 
 def _columns(rows: list[Any]) -> dict[str, np.ndarray]:
     """Epochs as rows -> one array a column."""
-    names = [name for name in _HISTORY if name in rows[0]]
-    return {("duration" if name == "dur" else name): np.array([row[name] for row in rows]) for name in names}
+    return {
+        name: np.array([row[theirs] for row in rows])
+        for name, theirs in _COLUMNS.items()
+        if theirs in rows[0]
+    }
+
+
+def join_histories(past: dict[str, np.ndarray], new: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Put one history behind another, epochs numbered on; what only one of them has is NaN in the other.
+
+    Parameters
+    ----------
+    past, new : dict of ndarray
+        Columns of equal length each.
+
+    Returns
+    -------
+    dict of ndarray
+        Columns of the joint length.
+    """
+    lengths = len(past["epoch"]), len(new["epoch"])
+    missing = [np.full(length, np.nan) for length in lengths]
+    joint = {
+        name: np.concatenate([past.get(name, missing[0]), new.get(name, missing[1])])
+        for name in _COLUMNS
+        if name in past or name in new
+    }
+    return joint | {"epoch": np.arange(1, sum(lengths) + 1)}

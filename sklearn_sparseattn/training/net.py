@@ -1,5 +1,6 @@
 """The skorch net that trains a SparseAttnNet: what a batch costs, and what is written down of it."""
 
+import math
 from typing import Any
 
 import skorch
@@ -103,8 +104,16 @@ class SparseAttnTrainer(skorch.NeuralNet):
         """Train on a batch; one of a single row uses the running statistics of batch norm."""
         self._set_training(len(batch[0]) > 1)
         images, labels = batch
-        output = self.infer(images, **fit_params)
-        loss = self.get_loss(output, labels, X=images, training=True)
+        try:
+            output = self.infer(images, **fit_params)
+            loss = self.get_loss(output, labels, X=images, training=True)
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError("the loss is not finite")
+        except FloatingPointError as error:
+            raise ValueError(
+                f"Training diverged in epoch {len(self.history)}: {error}. Try an lr lower than {self.lr:g}, "
+                "or look for extreme values in class_weight and sample_weight."
+            ) from error
         loss.backward()
         return {"loss": loss, "y_pred": output}
 
@@ -125,6 +134,11 @@ class SparseAttnTrainer(skorch.NeuralNet):
 class LearningRate(Callback):
     """Write the learning rate of each epoch's last step into the history, as ``lr``."""
 
+    def on_batch_begin(self, net: skorch.NeuralNet, training: bool = False, **kwargs: Any) -> None:
+        """Note the rate before a schedule changes it for the next step."""
+        if training:
+            self.lr_ = float(net.optimizer_.param_groups[0]["lr"])
+
     def on_epoch_end(self, net: skorch.NeuralNet, **kwargs: Any) -> None:
         """Record ``lr``.
 
@@ -135,7 +149,7 @@ class LearningRate(Callback):
         **kwargs : dict
             Not used.
         """
-        net.history.record("lr", float(net.optimizer_.param_groups[0]["lr"]))
+        net.history.record("lr", self.lr_)
 
 
 class ProgressBar(Callback):
@@ -190,9 +204,8 @@ def recompute_batch_norm(network: nn.Module, batches: Any, device: torch.device)
     for norm in norms:
         norm.train()
     try:
-        for i, (images, *_) in enumerate(batches):
-            if len(images) == 1:
-                continue
+        usable = (images for images, *_ in batches if len(images) > 1)
+        for i, images in enumerate(usable):
             for norm in norms:
                 norm.momentum = 1 / (i + 1)  # the first batch replaces, the rest average
             network(images.to(device))

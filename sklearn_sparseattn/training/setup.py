@@ -3,7 +3,9 @@
 Each function reads the estimator's parameters by name and leaves everything else alone.
 """
 
+import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,8 @@ def new_network(
         On the CPU.
     """
     height, width, channels = image_shape
+    if isinstance(params["k_init"], bool | np.bool_):
+        raise ValueError(f"k_init={params['k_init']} is neither a number of pixels nor a share of them.")
     with torch.device("meta"):  # where nothing is drawn
         network = SparseAttnNet(
             channels,
@@ -71,7 +75,7 @@ def new_network(
             hidden_dim=params["hidden_dim"],
             strides=strides_for(height, width),
         )
-    network.to_empty(device="cpu").reset_parameters(generator)
+    network.to_empty(device="cpu").float().reset_parameters(generator)
     return network
 
 
@@ -123,6 +127,7 @@ def label_images(
     LabelledImages
         Rows for training or validation.
     """
+    weight = weight / weight.max()  # first, so that no sum overflows
     return LabelledImages(images, target, weight / weight.mean(), scale)
 
 
@@ -142,7 +147,16 @@ def class_weights(class_weight: Any, classes: np.ndarray, training: LabelledImag
     -------
     ndarray of shape (n_classes,)
         1 for each class if `class_weight` is None.
+
+    Raises
+    ------
+    ValueError
+        If a weight is negative or no finite number.
     """
+    if isinstance(class_weight, dict):
+        for label, weight in class_weight.items():
+            if not (isinstance(weight, Real) and 0 <= float(weight) < math.inf):
+                raise ValueError(f"class_weight={class_weight!r}: the weight of {label!r} is no number >= 0.")
     if not isinstance(class_weight, str):
         return compute_class_weight(class_weight, classes=classes, y=classes)
     counts = np.bincount(training.target, weights=training.weight, minlength=len(classes))
