@@ -12,8 +12,6 @@ from PIL import Image
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MODALITIES = ["opd", "hologram", "event", "brightfield"]
 
-pytest.importorskip("matplotlib")
-
 
 def load_example(name):
     """Import a script by its path, as `python examples/name.py` does."""
