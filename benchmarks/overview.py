@@ -178,7 +178,8 @@ def tables(results):
         f"{run['multiply_adds'] / 1e6:.1f} M multiply-adds, {run['images_per_second']:.0f} images/s through "
         "`predict_proba` (float64).",
         "",
-        f"Machine: {where['processor']}, {where['threads']} threads, torch {where['torch']}, scikit-learn "
+        f"Machine: {where['processor']}, {where['threads']} threads (fits: one thread, beside other "
+        f"jobs, so that their times are upper bounds), torch {where['torch']}, scikit-learn "
         f"{where['scikit-learn']}. Made from `benchmarks/overview.json` by `benchmarks/overview.py`.",
     ]
     return "\n".join(lines)

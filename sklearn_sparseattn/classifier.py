@@ -74,8 +74,8 @@ class SparseAttnClassifier(FittedNetwork):
         Greatest number of rows in a batch; batches are of nearly equal size, and of two rows at least.
     augment : "dihedral", callable or None, default=None
         Change training images at random: "dihedral" flips and turns them by quarters (if H != W, flips and
-        half turns). A callable is given ``(images, rng)``, images (B, C, H, W) float32 scaled to about [0, 1]
-        and a NumPy Generator, and returns images of the same shape.
+        half turns). A callable is given ``(images, rng)``, an array (B, C, H, W) of float32 scaled to about
+        [0, 1] and a NumPy Generator, and returns an array of the same shape.
     image_shape : (H, W) or (H, W, C), default=None
         Form of the images if X is 2-D. None takes rows as square images if their length is a square,
         otherwise as images of one row.
