@@ -70,7 +70,7 @@ def test_demo(tmp_path, capsys):
         assert images == 45
         assert 0 <= accuracy <= 1
         assert share == pytest.approx(100 * k / 24**2, abs=0.1)
-        assert seconds > 0
+        assert seconds >= 0  # a small fit rounds to 0.0
         assert rate > 0
     assert str(output) in text
     assert picture_size(output) == (1140, 1152)
@@ -173,7 +173,7 @@ def test_compare_classifiers(capsys):
         accuracy, sd, seconds = row_of(text, name)
         assert 0 <= accuracy <= 1
         assert 0 <= sd <= 0.5
-        assert seconds > 0
+        assert seconds >= 0  # a small fit rounds to 0.0
 
 
 def test_persistence(tmp_path, capsys):
