@@ -2,14 +2,13 @@
 
 import sys
 
+import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 from scipy import sparse
 
 from sklearn_sparseattn import AttentionDisplay, SparseAttnClassifier
-
-mpl = pytest.importorskip("matplotlib")
-plt = pytest.importorskip("matplotlib.pyplot")
 
 COLUMNS = ["image", "coarse attention", "chosen pixels", "fine attention"]
 
@@ -139,7 +138,8 @@ def test_other_containers_show_the_same_as_an_array(container):
     clf = fit(X, y)
     rows = X.reshape(len(X), -1)
     if container == "frame":
-        pd = pytest.importorskip("pandas")
+        import pandas as pd
+
         frame = pd.DataFrame(rows, columns=[f"p{i}" for i in range(rows.shape[1])])
         clf = fit(frame, y, image_shape=(12, 14))
         other = frame
