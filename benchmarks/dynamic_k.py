@@ -7,10 +7,10 @@ or falling and then flat. k starts at 8000/18225 of the image.
 """
 
 import json
-import platform
 from pathlib import Path
 
 import numpy as np
+from overview import machine
 
 from sklearn_sparseattn.training.dynamic_k import (
     EMA_DECAY,
@@ -87,7 +87,7 @@ def measure():
             ]
             low, median, high = np.quantile(shares, [0.1, 0.5, 0.9])
             rows.append({"constants": constants, "course": name, "k": [low, median, high]})
-    return {"seed": SEED, "runs": N_RUNS, "python": platform.python_version(), "rows": rows}
+    return {"seed": SEED, "runs": N_RUNS, "machine": machine(), "rows": rows}
 
 
 def table(results):
