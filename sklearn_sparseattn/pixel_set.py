@@ -361,7 +361,9 @@ class PixelSetTransformer(TransformerMixin, BaseEstimator):
         if (estimator := self.score_estimator_) is not None:
             # A classifier that was fitted to named columns is given them.
             named = hasattr(estimator, "feature_names_in_") and hasattr(X, "columns")
-            maps = estimator.attention_maps(_safe_indexing(X, rows) if named else chunk)
+            part = _safe_indexing(X, rows) if named else chunk
+            # Maps come in the precision of X: in float32 high attention would round to 1, and tie.
+            maps = estimator.attention_maps(part.astype(np.float64))
             return _checked_scores(maps["coarse"], chunk, "attention_maps of the classifier given as score")
         if isinstance(score := vars(self)["score"], str):
             return _SCORES[score](chunk)

@@ -1,5 +1,6 @@
 """PixelSetTransformer: which pixels it keeps, how it lays them out, and the way back to images."""
 
+import copy
 import io
 import pickle
 import tracemalloc
@@ -317,6 +318,18 @@ def test_score_of_a_frozen_classifier(classifier, form):
     np.testing.assert_allclose(tokens, expected, atol=1e-6)
     assert pixels.score_estimator_.estimator is classifier
     assert not pixels.__sklearn_tags__().target_tags.required
+
+
+def test_attention_that_rounds_to_one_is_no_tie(classifier):
+    sure = copy.deepcopy(classifier)
+    with torch.no_grad():
+        sure.network_.coarse.score.bias += 25  # every sigmoid is 1 in float32, and the order the same
+    assert np.all(sure.attention_maps(X_CELLS).coarse == 1)
+    kept = [
+        PixelSetTransformer(k=9, score=FrozenEstimator(clf)).fit_transform(X_CELLS)
+        for clf in (classifier, sure)
+    ]
+    np.testing.assert_array_equal(*kept)
 
 
 @pytest.mark.parametrize("form", ["3d", "2d", "csr"])
