@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from overview import machine
+from report import machine, put_into
 from sklearn.datasets import load_digits
 from sklearn.model_selection import cross_val_score
 
@@ -50,11 +50,5 @@ def table(results):
     return "\n".join(lines)
 
 
-def write_readme(results):
-    begin, end = "<!-- choices: begin -->", "<!-- choices: end -->"
-    head, rest = README.read_text().split(begin)
-    README.write_text(f"{head}{begin}\n{table(results)}\n{end}{rest.split(end)[1]}")
-
-
 if __name__ == "__main__":
-    write_readme(measure_all())
+    put_into(README, "choices", table(measure_all()))

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from overview import machine
+from report import machine, put_into
 
 from sklearn_sparseattn.training.dynamic_k import (
     EMA_DECAY,
@@ -109,14 +109,8 @@ def table(results):
     return "\n".join(lines)
 
 
-def write_readme(results):
-    begin, end = "<!-- dynamic_k: begin -->", "<!-- dynamic_k: end -->"
-    head, rest = README.read_text().split(begin)
-    README.write_text(f"{head}{begin}\n{table(results)}\n{end}{rest.split(end)[1]}")
-
-
 if __name__ == "__main__":
     found = measure()
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    write_readme(found)
+    put_into(README, "dynamic_k", table(found))
     print(table(found))
