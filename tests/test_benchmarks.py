@@ -1,0 +1,170 @@
+"""What the benchmarks compute beside their measuring: intervals, results in a file, splits, one tiny run."""
+
+import importlib.util
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+SHARED = ("report", "data_sets", "peers")  # what the scripts import from beside them
+
+
+@pytest.fixture
+def load_benchmark(monkeypatch):
+    """Import a script by its path, as `python benchmarks/name.py` does, where it finds its neighbours."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in SHARED:
+        # Set, then deleted, so that what a test imports is gone after it.
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
+
+    def load(name):
+        if name in SHARED:
+            return importlib.import_module(name)
+        spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def few_cells(load_benchmark, monkeypatch):
+    """The generated data sets with few and small images; `data_sets`."""
+    data_sets = load_benchmark("data_sets")
+    counts = {"opd": (30, 30, 30), "hologram": (30, 30, 30), "event": (30, 30)}
+    monkeypatch.setattr(data_sets, "COUNTS", counts | {"brightfield": (20, 10, 40, 12, 8)})
+    small = {name: lambda name=name: data_sets.generated(name, 32) for name in data_sets.COUNTS}
+    monkeypatch.setattr(data_sets, "DATA_SETS", small)
+    return data_sets
+
+
+def test_paired_interval(load_benchmark):
+    paired_interval = load_benchmark("report").paired_interval
+    a, b = np.random.default_rng(0).normal(size=(2, 7))
+    expected = ttest_rel(a, b).confidence_interval(0.95)
+    np.testing.assert_allclose(paired_interval(a, b), [np.mean(a - b), *expected])
+    mean, low, high = paired_interval([2.0], [1.5])
+    assert mean == 0.5
+    assert np.isnan([low, high]).all()
+
+
+def test_record_with_many_writers(load_benchmark, tmp_path):
+    pytest.importorskip("fcntl")
+    report = load_benchmark("report")
+    path = tmp_path / "results.json"
+    # Each opens the lock for itself, so that threads exclude each other as processes do.
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: report.record(path, f"run{i}", {"accuracy": i / 100}), range(100)))
+    assert report.recorded(path) == {f"run{i}": {"accuracy": i / 100} for i in range(100)}
+    assert list(tmp_path.iterdir()) == [path]
+    report.record(path, "run0", "again")
+    assert report.recorded(path)["run0"] == "again"
+
+
+def test_paper_counts(load_benchmark):
+    counts = load_benchmark("data_sets").COUNTS
+    totals = {name: sum(count) for name, count in counts.items()}
+    assert totals == {"opd": 7334, "hologram": 7334, "event": 1584, "brightfield": 4339}
+
+
+@pytest.mark.parametrize("name", ["opd", "hologram", "event", "brightfield"])
+def test_splits_of_generated_cells(few_cells, name):
+    images, target, splits = few_cells.load(name)
+    assert len(images) == len(target) == sum(few_cells.COUNTS[name])
+    assert [split for split, _, _ in splits] == [f"seed{i}" for i in range(5)]
+    for _, train, test in splits:
+        np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(len(target)))
+        assert len(test) == pytest.approx(0.2 * len(target), abs=1)
+        assert set(target[test]) == set(target[train]) == set(range(len(few_cells.COUNTS[name])))
+    assert len({tuple(test) for _, _, test in splits}) == 5
+
+
+def test_calibration_error(load_benchmark):
+    calibration_error = load_benchmark("accuracy").calibration_error
+    # Of ten rows at 0.75 seven are right, of ten at 0.95 all: (0.05 + 0.05) / 2.
+    probabilities = np.repeat([[0.75, 0.25], [0.95, 0.05]], 10, axis=0)
+    target = np.array([0] * 7 + [1] * 3 + [0] * 10)
+    assert calibration_error(probabilities, target) == pytest.approx(0.05)
+    assert calibration_error(np.eye(3), np.arange(3)) == 0
+    assert calibration_error(np.eye(3), np.array([1, 2, 0])) == 1
+    # Errors of either sign in one bin cancel, in two bins they add.
+    assert calibration_error(np.array([[0.51, 0.49], [0.52, 0.48]]), np.array([0, 1])) == pytest.approx(0.015)
+
+
+@pytest.mark.parametrize("name", ["lenet", "hog_svc", "hist_gradient_boosting"])
+@pytest.mark.parametrize("data", ["hologram", "brightfield"])
+def test_peers(few_cells, load_benchmark, name, data):
+    images, target, _ = few_cells.load(data)
+    peer = load_benchmark("peers").PEERS[name](augment="dihedral", batch_size=32, random_state=0)
+    peer.max_epochs = peer.max_iter = 2
+    probabilities = peer.fit(images[20:], target[20:], images[:20], target[:20]).predict_proba(images[:20])
+    assert probabilities.shape == (20, target.max() + 1)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "n_parameters"), [("resnet50", 23_514_179), ("mobilenetv2", 2_227_715)])
+def test_peers_of_transformers(few_cells, load_benchmark, name, n_parameters):
+    pytest.importorskip("transformers")
+    images, target, _ = few_cells.load("opd")
+    images = np.repeat(images[:24, ..., None], 3, axis=-1)
+    peer = load_benchmark("peers").PEERS[name](augment=None, batch_size=16, random_state=0)
+    peer.max_epochs = 1
+    probabilities = peer.fit(images[:16], target[:16], images[16:], target[16:]).predict_proba(images)
+    assert probabilities.shape == (24, 3)
+    assert probabilities.dtype == np.float32
+    assert peer.n_parameters_ == n_parameters
+    assert peer.n_iter_ == 1
+
+
+def test_harness(few_cells, load_benchmark, tmp_path, capsys):
+    """Measure, take up again, make the tables."""
+    pytest.importorskip("fcntl")
+    accuracy = load_benchmark("accuracy")
+    models = {"sparseattn": accuracy.ours(max_epochs=2), "hog_svc": accuracy.PEERS["hog_svc"]}
+    path, document = tmp_path / "accuracy.json", tmp_path / "README.md"
+    assert accuracy.measure_all(path, models, ["event"], 2, 1)
+    results = accuracy.recorded(path)
+    assert set(results) == {f"event/{model}/seed{i}" for model in models for i in (0, 1)}
+    run = results["event/sparseattn/seed1"]
+    assert run["k"] / 32**2 == run["share"]
+    assert run["epochs"] == 2
+    assert (run["n_train"], run["n_test"]) == (48, 12)
+    assert run["machine"]["threads"] == 1
+    assert run["macro_recall"] == pytest.approx(run["balanced_accuracy"])
+    assert capsys.readouterr().out.count("accuracy") == 4
+    assert accuracy.measure_all(path, models, ["event"], 2, 1)
+    assert capsys.readouterr().out == ""
+
+    marks = [f"<!-- {name}: {end} -->" for name in ("accuracy", "differences") for end in ("begin", "end")]
+    document.write_text("\n".join(marks))
+    accuracy.write_tables(path, document)
+    text = document.read_text()
+    assert len(re.findall(r"^\| `(sparseattn|hog_svc)` \| 2 \| [\d.]+ ± [\d.]+ \|", text, re.M)) == 2
+    assert re.search(r"^\| event \| `sparseattn` \| `hog_svc` \| 2 \| [+-][\d.]+ \[", text, re.M)
+
+
+def test_a_run_that_fails_does_not_stop_the_others(few_cells, load_benchmark, tmp_path, capsys):
+    pytest.importorskip("fcntl")
+    accuracy = load_benchmark("accuracy")
+    models = {"broken": accuracy.ours(max_epochs=-1), "hog_svc": accuracy.PEERS["hog_svc"]}
+    assert not accuracy.measure_all(tmp_path / "results.json", models, ["event"], 1, 1)
+    assert set(accuracy.recorded(tmp_path / "results.json")) == {"event/hog_svc/seed0"}
+    assert "event/broken/seed0 failed" in capsys.readouterr().out
+
+
+def test_difference_says_what_is_noise(load_benchmark):
+    difference = load_benchmark("accuracy").difference
+    runs = {f"seed{i}": {"accuracy": 0.9 + 0.01 * i} for i in range(3)}
+    near = {f"seed{i}": {"accuracy": 0.9 + 0.01 * (2 - i)} for i in range(3)}
+    far = {f"seed{i}": {"accuracy": 0.5 + 0.011 * i} for i in range(3)}
+    assert difference(runs, near, "accuracy")[1] == "inside the noise"
+    assert difference(runs, far, "accuracy")[1] == "better"
+    assert difference(far, runs, "accuracy")[1] == "worse"
+    assert difference(runs, {"seed0": far["seed0"]}, "accuracy") == ("+40.00", "one run")
