@@ -35,7 +35,7 @@ def ours(**params):
 
     def make(*, augment, batch_size, random_state):
         recipe = {"augment": augment, "batch_size": batch_size, "random_state": random_state}
-        return SparseAttnClassifier(**{"early_stopping": True, "patience": 10} | recipe | params)
+        return SparseAttnClassifier(**recipe | params)
 
     return make
 
@@ -43,6 +43,7 @@ def ours(**params):
 # name -> parameters of SparseAttnClassifier that differ from the defaults.
 OURS = {
     "sparseattn": {},
+    "sparseattn_paper_form": {"variant": "paper", "focal_gamma": 2.0},
 }
 MODELS = {**{name: ours(**params) for name, params in OURS.items()}, **PEERS}
 

@@ -34,10 +34,9 @@ _POSITIVE_INTEGER = [Interval(Integral, 1, None, closed="left")]
 class SparseAttnClassifier(FittedNetwork):
     """Classify images by the few per cent of their pixels that matter (SparseAttnNet [1]_).
 
-    A small convolutional network looks at the whole image once and scores every pixel. Only the k best go
-    on, as tokens of position and brightness; an attention of linear cost pools them, and a small MLP
-    classifies from these and from the pooled features of the first look. k falls while the training loss
-    falls, and rises when that stalls.
+    A small convolutional network looks at the whole image once and scores every pixel. Only the k best go on
+    as tokens; an attention of linear cost pools them, and a small MLP classifies from these and from pooled
+    features of the first look. k falls while the training loss falls, and rises when that stalls.
 
     Parameters
     ----------
@@ -52,12 +51,14 @@ class SparseAttnClassifier(FittedNetwork):
         Share of itself that k keeps in a step (alpha of eq. 23).
     k_update : {"epoch", "batch"}, default="epoch"
         Move k once an epoch or after every batch. The default steps are meant for epochs.
+    variant : {"context", "paper"}, default="context"
+        What a token knows: position and values of its pixel, with "context" also the coarse features there.
     embed_dim, n_heads : int, default=32, 2
         Length D of a token, and heads of the fine attention, at most D.
     hidden_dim : int, default=128
         Hidden width of the classifier. The paper has 512, which exceeds its own 0.05 M parameters.
-    focal_gamma, class_weight : default=2.0, None
-        Exponent of the focal loss, 0 is cross-entropy; its alpha by class: a dict by label, or "balanced".
+    focal_gamma, class_weight : default=0.0, None
+        Exponent of the focal loss (0: cross-entropy; paper: 2); its alpha, a dict by label or "balanced".
     contrastive_weight, temperature : float, default=0.1, 0.07
         Weight and temperature of the supervised contrastive loss.
     distillation_weight : float, default=0.02
@@ -70,15 +71,14 @@ class SparseAttnClassifier(FittedNetwork):
         "plateau" multiplies the rate by 0.9 after 5 epochs without gain, as in the paper.
     max_epochs : int, default=30
         Passes over the training rows.
-    batch_size : int, default=64
+    batch_size : int, default=32
         Greatest number of rows in a batch; batches are of nearly equal size, and of two rows at least.
     augment : "dihedral", callable or None, default=None
-        Change training images at random: "dihedral" flips and turns them by quarters (if H != W, flips and
-        half turns). A callable is given ``(images, rng)``, an array (B, C, H, W) of float32 scaled to about
-        [0, 1] and a NumPy Generator, and returns an array of the same shape.
+        "dihedral" flips training images and turns them by quarters (if H != W, by halves) at random. A
+        callable is given ``(images, rng)``, float32 (B, C, H, W) scaled to about [0, 1] and a NumPy
+        Generator, and returns an array of the same shape.
     image_shape : (H, W) or (H, W, C), default=None
-        Form of the images if X is 2-D. None takes rows as square images if their length is a square,
-        otherwise as images of one row.
+        Form if X is 2-D. None: square images if the number of features is a square, else images of one row.
     data_range : (lo, hi), default=None
         Values of X that become 0 and 1. None learns them, see `data_range_`.
     validation_fraction : float in (0, 1), default=0.2
@@ -94,8 +94,7 @@ class SparseAttnClassifier(FittedNetwork):
     device : str or torch.device, default="cpu"
         "cpu", "cuda", "cuda:1", "mps", or "auto" for what there is.
     random_state : int, RandomState instance or None, default=None
-        Seeds weights, shuffles, validation split and augmentation. Global generators are neither read nor
-        written.
+        Seeds weights, shuffles, split and augmentation. Global generators are neither read nor written.
     verbose : int, default=0
         Above 0, a progress bar.
 
@@ -130,8 +129,7 @@ class SparseAttnClassifier(FittedNetwork):
     Notes
     -----
     X may be (n, features), dense or sparse, (n, H, W) or (n, H, W, C), of booleans, integers or floats; after
-    `fit` the forms may be interchanged. The result for an image does not depend on what else is in the call,
-    to 1e-9. After training, the statistics of batch norm are recomputed over the training rows.
+    `fit` the forms may be interchanged. An image's result does not depend on the rest of the call, to 1e-9.
 
     References
     ----------
@@ -159,6 +157,7 @@ class SparseAttnClassifier(FittedNetwork):
         "ema_decay": [Interval(Real, 0, 1, closed="left")],
         "k_momentum": [Interval(Real, 0, 1, closed="left")],
         "k_update": [StrOptions({"batch", "epoch"})],
+        "variant": [StrOptions({"context", "paper"})],
         "embed_dim": _POSITIVE_INTEGER,
         "n_heads": _POSITIVE_INTEGER,
         "hidden_dim": _POSITIVE_INTEGER,
@@ -197,10 +196,11 @@ class SparseAttnClassifier(FittedNetwork):
         ema_decay=EMA_DECAY,
         k_momentum=MOMENTUM,
         k_update="epoch",
+        variant="context",
         embed_dim=32,
         n_heads=2,
         hidden_dim=128,
-        focal_gamma=2.0,
+        focal_gamma=0.0,
         class_weight=None,
         contrastive_weight=0.1,
         temperature=0.07,
@@ -210,7 +210,7 @@ class SparseAttnClassifier(FittedNetwork):
         weight_decay=1e-4,
         lr_schedule="onecycle",
         max_epochs=30,
-        batch_size=64,
+        batch_size=32,
         augment=None,
         image_shape=None,
         data_range=None,
@@ -231,6 +231,7 @@ class SparseAttnClassifier(FittedNetwork):
         self.ema_decay = ema_decay
         self.k_momentum = k_momentum
         self.k_update = k_update
+        self.variant = variant
         self.embed_dim = embed_dim
         self.n_heads = n_heads
         self.hidden_dim = hidden_dim

@@ -110,7 +110,7 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
 
         Returns
         -------
-        ndarray of shape (n, embed_dim + 48)
+        ndarray of shape (n, embed_dim + 32), with ``variant="paper"`` (n, embed_dim + 48)
             float64 or float32 as X is, float32 for other dtypes.
 
         Raises

@@ -1,17 +1,22 @@
 """What the benchmarks compute beside their measuring: intervals, results in a file, splits, one tiny run."""
 
+import copy
 import importlib.util
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import ttest_rel
 
+from sklearn_sparseattn.network import SparseAttnNet
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-SHARED = ("report", "data_sets", "peers")  # what the scripts import from beside them
+SHARED = ("report", "data_sets", "peers", "accuracy")  # what the scripts import from beside them
 
 
 @pytest.fixture
@@ -56,7 +61,6 @@ def test_paired_interval(load_benchmark):
 
 
 def test_record_with_many_writers(load_benchmark, tmp_path):
-    pytest.importorskip("fcntl")
     report = load_benchmark("report")
     path = tmp_path / "results.json"
     # Each opens the lock for itself, so that threads exclude each other as processes do.
@@ -111,7 +115,6 @@ def test_peers(few_cells, load_benchmark, name, data):
 
 @pytest.mark.parametrize(("name", "n_parameters"), [("resnet50", 23_514_179), ("mobilenetv2", 2_227_715)])
 def test_peers_of_transformers(few_cells, load_benchmark, name, n_parameters):
-    pytest.importorskip("transformers")
     images, target, _ = few_cells.load("opd")
     images = np.repeat(images[:24, ..., None], 3, axis=-1)
     peer = load_benchmark("peers").PEERS[name](augment=None, batch_size=16, random_state=0)
@@ -125,7 +128,6 @@ def test_peers_of_transformers(few_cells, load_benchmark, name, n_parameters):
 
 def test_harness(few_cells, load_benchmark, tmp_path, capsys):
     """Measure, take up again, make the tables."""
-    pytest.importorskip("fcntl")
     accuracy = load_benchmark("accuracy")
     models = {"sparseattn": accuracy.ours(max_epochs=2), "hog_svc": accuracy.PEERS["hog_svc"]}
     path, document = tmp_path / "accuracy.json", tmp_path / "README.md"
@@ -151,7 +153,6 @@ def test_harness(few_cells, load_benchmark, tmp_path, capsys):
 
 
 def test_a_run_that_fails_does_not_stop_the_others(few_cells, load_benchmark, tmp_path, capsys):
-    pytest.importorskip("fcntl")
     accuracy = load_benchmark("accuracy")
     models = {"broken": accuracy.ours(max_epochs=-1), "hog_svc": accuracy.PEERS["hog_svc"]}
     assert not accuracy.measure_all(tmp_path / "results.json", models, ["event"], 1, 1)
@@ -168,3 +169,90 @@ def test_difference_says_what_is_noise(load_benchmark):
     assert difference(runs, far, "accuracy")[1] == "better"
     assert difference(far, runs, "accuracy")[1] == "worse"
     assert difference(runs, {"seed0": far["seed0"]}, "accuracy") == ("+40.00", "one run")
+
+
+# ---- ablation ----
+
+
+@pytest.fixture
+def changed_network(load_benchmark):
+    def change(name, k=20, **options):
+        network = SparseAttnNet(2, 3, k, **options).eval()
+        network.reset_parameters(torch.Generator().manual_seed(0))
+        for callback in load_benchmark("ablation").VARIANTS[name]["callbacks"]:
+            callback.on_train_begin(SimpleNamespace(module_=network))
+        return network
+
+    return change
+
+
+IMAGES = torch.rand(3, 2, 24, 20, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("variant", ["context", "paper"])
+def test_coarse_only_knows_no_token(changed_network, variant):
+    network = changed_network("coarse_only", variant=variant)
+    before = network(IMAGES).logits
+    network.embedding.first.weight.data.zero_()
+    assert torch.equal(network(IMAGES).logits, before)
+
+
+def test_fine_only_knows_no_pooled_feature(changed_network):
+    output = changed_network("fine_only")(IMAGES)
+    assert not output.features[:, 32:].any()
+    assert output.features[:, :32].any()
+    assert output.scores.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        ("brightest_pixels", lambda image: image.mean(0)),
+        ("darkest_pixels", lambda image: -image.mean(0)),
+    ],
+)
+def test_pixels_are_chosen_by_a_rank(changed_network, name, rank):
+    pixels = changed_network(name)(IMAGES).pixels
+    for image, chosen in zip(IMAGES.numpy(), pixels, strict=True):
+        assert set(chosen.tolist()) == set(np.argsort(-rank(image), axis=None)[:20].tolist())
+
+
+def test_gradient_is_that_of_central_differences(load_benchmark):
+    found = load_benchmark("ablation").gradient(IMAGES)[0].numpy()
+    padded = np.pad(IMAGES[0].mean(0).numpy(), 1, mode="edge")
+    down, right = np.gradient(padded)
+    np.testing.assert_allclose(found, 4 * (down**2 + right**2)[1:-1, 1:-1], rtol=1e-5, atol=1e-6)
+
+
+def test_random_pixels_are_k_others_each_time_and_follow_k(changed_network):
+    network = changed_network("random_pixels")
+    first, second = network(IMAGES).pixels, network(IMAGES).pixels
+    assert first.shape == (3, 20)
+    assert not torch.equal(first, second)
+    copied = copy.deepcopy(network)
+    copied.k.fill_(7)
+    assert copied(IMAGES).pixels.shape == (3, 7)
+    assert network(IMAGES).pixels.shape == (3, 20)
+
+
+def test_ungated_is_a_gate_of_one(changed_network):
+    network = changed_network("ungated")
+    found = network(IMAGES).logits
+    network.coarse.score.bias.data.fill_(100.0)  # sigmoid 1 everywhere, the same pixels
+    del network.hidden_tokens
+    torch.testing.assert_close(network(IMAGES).logits, found)
+
+
+def test_ablation_table_holds_variants_against_the_default(load_benchmark):
+    ablation = load_benchmark("ablation")
+
+    def run(model, split, accuracy):
+        rest = {"balanced_accuracy": accuracy, "ece": 0.01, "share": 0.08}
+        return {"data": "event", "model": model, "split": split, "accuracy": accuracy, **rest}
+
+    default = {split: run("sparseattn", split, value) for split, value in (("seed0", 0.9), ("seed1", 0.92))}
+    results = {split: run("coarse_only", split, value) for split, value in (("seed0", 0.8), ("seed1", 0.82))}
+    text = ablation.tables(results, default)
+    assert "| `default` | 2 | 91.0 ± 1.4 |" in text
+    assert "| `coarse_only` | 2 | 81.0 ± 1.4 |" in text
+    assert "-10.00 [-10.00, -10.00] | worse" in text

@@ -111,6 +111,19 @@ def test_transform_as_a_data_frame():
     assert list(frame.columns) == list(clf.get_feature_names_out())
 
 
+@pytest.mark.parametrize(("variant", "n_coarse"), [("context", 32), ("paper", 48)])
+def test_variants(fitted, variant, n_coarse):
+    assert fitted.network_.context is not None
+    clf = quick(max_epochs=25, variant=variant, embed_dim=20).fit(X, Y)
+    assert (clf.network_.context is None) == (variant == "paper")
+    assert clf.transform(X).shape == (90, 20 + n_coarse)
+    assert clf.score(X, Y) > 0.9
+    loaded = pickle.loads(pickle.dumps(clf))
+    np.testing.assert_array_equal(loaded.predict_proba(X), clf.predict_proba(X))
+    again = clone(clf).fit(X, Y)
+    np.testing.assert_array_equal(again.predict_proba(X), clf.predict_proba(X))
+
+
 def test_attention_maps(fitted):
     maps = fitted.attention_maps(X)
     n = len(X)
@@ -417,8 +430,8 @@ def test_learning_rate_schedules():
 
 def test_batch_norm_statistics_are_those_of_the_training_rows():
     clf = quick().fit(X, Y)
-    norm = clf.network_.coarse.middle[0][1]
-    weight = clf.network_.coarse.middle[0][0]
+    norm = clf.network_.coarse.early[1]
+    weight = clf.network_.coarse.early[0]
     with torch.no_grad():
         features = weight(torch.from_numpy(X[:, None] / np.float32(255)))
     mean = features.mean((0, 2, 3))
@@ -614,6 +627,7 @@ BAD_PARAMETERS = {
     "ema_decay": [1.0, -0.1],
     "k_momentum": [1.0, None],
     "k_update": ["never", 1],
+    "variant": ["deep", None],
     "embed_dim": [0, 2.5],
     "n_heads": [0, None],
     "hidden_dim": [0],

@@ -1,10 +1,11 @@
 """Coarse attention: one cheap look at the whole image (eq. 2-3).
 
 A small convolutional network works at reduced resolution, scores every pixel at full resolution and
-pools its deepest features. It knows nothing of pixels chosen, tokens or classes.
+pools its features. It knows nothing of pixels chosen, tokens or classes.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,24 @@ def _convolution(in_channels: int, out_channels: int, stride: int = 1) -> nn.Seq
         nn.BatchNorm2d(out_channels),
         nn.ReLU(),
     )
+
+
+class CoarseLook(NamedTuple):
+    """All that the coarse network sees in a batch of images.
+
+    Attributes
+    ----------
+    scores : Tensor of shape (B, H, W)
+        Coarse attention before the sigmoid.
+    z_coarse : Tensor of shape (B, n_features)
+        Pooled features.
+    maps : tuple of three Tensor (B, channels, h, w)
+        Features after each stage.
+    """
+
+    scores: Tensor
+    z_coarse: Tensor
+    maps: tuple[Tensor, Tensor, Tensor]
 
 
 class CoarseAttention(nn.Module):
@@ -34,11 +53,20 @@ class CoarseAttention(nn.Module):
         Feature channels of the three stages.
     strides : tuple of three int, default=(2, 2, 2)
         Step of each stage. `strides_for` has those that suit an image size.
+    pool : {"middle", "deep"}, default="deep"
+        The stage whose features are pooled.
 
     Attributes
     ----------
     n_features : int
-        Length F of the pooled features: the mean and the maximum of each channel of the last stage.
+        Length F of the pooled features: the mean and the maximum of each channel of the pooled stage.
+    steps : tuple of three int
+        Pixels from one cell of each stage's map to the next. Cell (i, j) lies over pixel (i, j) * step.
+
+    Notes
+    -----
+    The second stage is scored, and the scores of its cells are interpolated linearly between the pixels that
+    they lie over; beyond the last cell its score goes on.
 
     References
     ----------
@@ -59,20 +87,19 @@ class CoarseAttention(nn.Module):
         in_channels: int = 1,
         channels: tuple[int, int, int] = (8, 16, 24),
         strides: tuple[int, int, int] = (2, 2, 2),
+        pool: str = "deep",
     ) -> None:
         super().__init__()
-        self.middle = nn.Sequential(
-            _convolution(in_channels, channels[0], strides[0]),
-            _convolution(channels[0], channels[1], strides[1]),
-            _convolution(channels[1], channels[1]),
-        )
-        self.score_stride = strides[0] * strides[1]
-        self.score = nn.Conv2d(channels[1], self.score_stride**2, 1)
+        self.early = _convolution(in_channels, channels[0], strides[0])
+        self.middle = _convolution(channels[0], channels[1], strides[1])
+        self.score = nn.Conv2d(channels[1], 1, 1)
         self.deep = nn.Sequential(
             _convolution(channels[1], channels[2], strides[2]),
             _convolution(channels[2], channels[2]),
         )
-        self.n_features = 2 * channels[2]
+        self.steps = strides[0], strides[0] * strides[1], strides[0] * strides[1] * strides[2]
+        self.pool = pool
+        self.n_features = 2 * channels[2 if pool == "deep" else 1]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Score the pixels and pool the features.
@@ -89,12 +116,38 @@ class CoarseAttention(nn.Module):
         z_coarse : Tensor of shape (B, n_features)
             Pooled coarse features.
         """
+        return self.look(images)[:2]
+
+    def look(self, images: Tensor) -> CoarseLook:
+        """Score the pixels, pool the features, and keep the maps.
+
+        Parameters
+        ----------
+        images : Tensor of shape (B, C, H, W)
+            As in `forward`.
+
+        Returns
+        -------
+        CoarseLook
+            Scores, pooled features and the map of each stage.
+        """
+        early = self.early(images)
+        middle = self.middle(early)
+        deep = self.deep(middle)
         height, width = images.shape[-2:]
-        features = self.middle(images)
-        # Each cell of the reduced map carries the scores of all its pixels.
-        scores = F.pixel_shuffle(self.score(features), self.score_stride)[:, 0, :height, :width]
-        deep = self.deep(features).flatten(2)
-        return scores, torch.cat([deep.mean(-1), deep.amax(-1)], dim=1)
+        scores = _between_cells(self.score(middle), self.steps[1])[:, 0, :height, :width]
+        pooled = (deep if self.pool == "deep" else middle).flatten(2)
+        z_coarse = torch.cat([pooled.mean(-1), pooled.amax(-1)], dim=1)
+        return CoarseLook(scores, z_coarse, (early, middle, deep))
+
+
+def _between_cells(cells: Tensor, step: int) -> Tensor:
+    """Cells over every `step`-th pixel -> pixels, at least those of the image."""
+    if step == 1:
+        return cells
+    size = [(n - 1) * step + 1 for n in cells.shape[-2:]]
+    inner = F.interpolate(cells, size, mode="bilinear", align_corners=True)
+    return F.pad(inner, (0, step - 1, 0, step - 1), mode="replicate")
 
 
 def strides_for(height: int, width: int) -> tuple[int, int, int]:

@@ -24,8 +24,26 @@ class PixelEmbedding(nn.Module):
 
     def __init__(self, n_channels: int = 1, embed_dim: int = 32) -> None:
         super().__init__()
-        self.hidden = nn.Sequential(nn.Linear(2 + n_channels, embed_dim), nn.ReLU())
+        self.first = nn.Linear(2 + n_channels, embed_dim)
         self.out = nn.Linear(embed_dim, embed_dim)
+
+    def hidden(self, pixels: Tensor, context: Tensor | None = None) -> Tensor:
+        """Compute the hidden layer, all but the last linear one.
+
+        Parameters
+        ----------
+        pixels : Tensor of shape (B, k, 2 + C)
+            Position and values.
+        context : Tensor of shape (B, k, D), default=None
+            Added before the ReLU: what else is known of each pixel, see `TokenContext`.
+
+        Returns
+        -------
+        hidden : Tensor of shape (B, k, D)
+            Non-negative.
+        """
+        hidden = self.first(pixels)
+        return F.relu(hidden if context is None else hidden + context)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Embed each pixel by itself.

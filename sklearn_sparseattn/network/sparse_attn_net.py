@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .coarse import CoarseAttention
+from .context import TokenContext
 from .fine import FineAttention, PixelEmbedding
 from .fusion import FusionClassifier
 from .selection import pixel_tokens, select_pixel_set
@@ -41,7 +42,7 @@ class SparseAttnOutput(NamedTuple):
 
 
 class SparseAttnNet(nn.Module):
-    """Look once at everything, choose k pixels, attend to those alone, classify [1]_.
+    r"""Look once at everything, choose k pixels, attend to those alone, classify [1]_.
 
     Parameters
     ----------
@@ -62,11 +63,28 @@ class SparseAttnNet(nn.Module):
     normalize_fine : bool, default=True
         Layer norm on z_fine before the fusion: the two halves of f come at the same scale. The paper does
         not mention one.
+    variant : {"context", "paper"}, default="context"
+        What a token knows, see Notes.
 
     Attributes
     ----------
     k : Tensor, float64 scalar on the CPU
         A buffer, so that it is saved and restored with the weights; `DynamicK` moves it.
+
+    Notes
+    -----
+    In the paper a token knows the position and the values of its pixel j,
+    :math:`E_j = W_2\, \mathrm{relu}(W_1 (x, y, v)_j + b_1) + b_2`, and the deepest coarse features, pooled
+    over the whole image, go straight to the answer: that can do without the tokens, and does. With
+    ``variant="context"`` these features reach the answer only through the chosen pixels. With
+    :math:`c_{sj}` the features of coarse stage s at pixel j and :math:`a_j` its score,
+
+    .. math::
+        E_j = W_2 \left[\sigma(a_j)\, \mathrm{relu}\Big(W_1 (x, y, v)_j + b_1
+        + \textstyle\sum_s U_s c_{sj}\Big)\right] + b_2 ,
+
+    and z_coarse is pooled from the middle stage. The factor :math:`\sigma(a_j)` lets the loss of the answer
+    teach the scores; in the paper the distillation alone does.
 
     References
     ----------
@@ -96,9 +114,14 @@ class SparseAttnNet(nn.Module):
         hidden_dim: int = 128,
         strides: tuple[int, int, int] = (2, 2, 2),
         normalize_fine: bool = True,
+        variant: str = "context",
     ) -> None:
         super().__init__()
-        self.coarse = CoarseAttention(n_channels, strides=strides)
+        channels = (8, 16, 24)
+        with_context = variant == "context"
+        pool = "middle" if with_context else "deep"
+        self.coarse = CoarseAttention(n_channels, channels, strides, pool)
+        self.context = TokenContext(channels, self.coarse.steps, embed_dim) if with_context else None
         self.embedding = PixelEmbedding(n_channels, embed_dim)
         self.fine = FineAttention(embed_dim, n_heads)
         self.fine_norm = nn.LayerNorm(embed_dim) if normalize_fine else nn.Identity()
@@ -118,12 +141,57 @@ class SparseAttnNet(nn.Module):
         SparseAttnOutput
             Logits, features, and where they came from.
         """
-        scores, z_coarse = self.coarse(images)
-        pixels = select_pixel_set(scores, self.n_chosen(scores[0].numel()))
-        hidden = self.embedding.hidden(pixel_tokens(images, pixels))
+        scores, z_coarse, maps = self.coarse.look(images)
+        pixels = self.choose(images, scores)
+        hidden = self.hidden_tokens(images, pixels, scores, maps)
         z_fine, attention, contribution = self.fine.attend(hidden, self.embedding.out)
         features = torch.cat([self.fine_norm(z_fine), z_coarse], dim=1)
         return SparseAttnOutput(self.fusion(features), features, scores, pixels, attention, contribution)
+
+    def choose(self, images: Tensor, scores: Tensor) -> Tensor:
+        """Choose the pixels that go on.
+
+        Parameters
+        ----------
+        images : Tensor of shape (B, C, H, W)
+            Not looked at: for controls that choose otherwise.
+        scores : Tensor of shape (B, H, W)
+            Coarse attention before the sigmoid.
+
+        Returns
+        -------
+        pixels : Tensor of shape (B, k), int64
+            The k with the highest scores, ascending.
+        """
+        return select_pixel_set(scores, self.n_chosen(scores[0].numel()))
+
+    def hidden_tokens(
+        self, images: Tensor, pixels: Tensor, scores: Tensor, maps: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Make the tokens, but for the last linear layer of the embedding.
+
+        Parameters
+        ----------
+        images : Tensor of shape (B, C, H, W)
+            The images.
+        pixels : Tensor of shape (B, k), int64
+            The chosen pixels.
+        scores : Tensor of shape (B, H, W)
+            Coarse attention before the sigmoid.
+        maps : tuple of Tensor
+            Coarse features, see `CoarseLook`.
+
+        Returns
+        -------
+        hidden : Tensor of shape (B, k, D)
+            The bracket in Notes.
+        """
+        tokens = pixel_tokens(images, pixels)
+        if self.context is None:
+            return self.embedding.hidden(tokens)
+        gate = scores.flatten(1).gather(1, pixels).sigmoid()
+        context = self.context(maps, pixels, images.shape[-1])
+        return self.embedding.hidden(tokens, context) * gate.unsqueeze(-1)
 
     def n_chosen(self, n_pixels: int) -> int:
         """Pixels chosen of an image that has `n_pixels`.

@@ -74,6 +74,7 @@ def new_network(
             n_heads=params["n_heads"],
             hidden_dim=params["hidden_dim"],
             strides=strides_for(height, width),
+            variant=params["variant"],
         )
     network.to_empty(device="cpu").float().reset_parameters(generator)
     return network

@@ -203,7 +203,7 @@ def test_probabilities_of_extreme_logits():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_fused_features(case, dtype):
     network, images, expected = case
-    found = fused_features(one_by_one(network, images), 10, 80, np.dtype(dtype))
+    found = fused_features(one_by_one(network, images), 10, 32 + 32, np.dtype(dtype))
     assert found.dtype == dtype
     np.testing.assert_allclose(
         found, expected.features, rtol=1e-6 if dtype == np.float32 else 1e-9, atol=1e-9

@@ -52,33 +52,61 @@ def stage(image, layers):
     return np.maximum((features - mean) / np.sqrt(variance + norm.eps) * scale + shift, 0)
 
 
-def reference(coarse, image):
-    """Scores (H, W) and z_coarse of one image (C, H, W)."""
+def along(position, n_cells, step):
+    """Weight of each cell at a pixel: linear between the two that it lies between, the last one beyond."""
+    weights = np.zeros(n_cells)
+    before = min(position // step, n_cells - 1)
+    after = min(before + 1, n_cells - 1)
+    share = position / step - position // step
+    weights[before] += 1 - share
+    weights[after] += share
+    return weights
+
+
+def reference(coarse, image, strides, pool):
+    """Scores (H, W), z_coarse and the three maps of one image (C, H, W)."""
     _, height, width = image.shape
-    features = image
-    for layers in coarse.middle:
-        features = stage(features, layers)
-    cells = convolution(features, coarse.score)
-    step = coarse.score_stride
+    early = stage(image, coarse.early)
+    middle = stage(early, coarse.middle)
+    deep = stage(stage(middle, coarse.deep[0]), coarse.deep[1])
+    cells = convolution(middle, coarse.score)[0]
+    step = strides[0] * strides[1]
     scores = np.empty((height, width))
     for i, j in itertools.product(range(height), range(width)):
-        scores[i, j] = cells[(i % step) * step + j % step, i // step, j // step]
-    for layers in coarse.deep:
-        features = stage(features, layers)
-    return scores, np.concatenate([features.mean((1, 2)), features.max((1, 2))])
+        scores[i, j] = along(i, len(cells), step) @ cells @ along(j, len(cells[0]), step)
+    pooled = {"middle": middle, "deep": deep}[pool]
+    return scores, np.concatenate([pooled.mean((1, 2)), pooled.max((1, 2))]), (early, middle, deep)
+
+
+@pytest.mark.parametrize("pool", ["middle", "deep"])
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 9), (16, 13), (2, 11)])
+def test_forward_pass_is_the_reference(strides, height, width, pool):
+    n_channels = 1 + height % 3
+    coarse = make_coarse(n_channels, strides, channels=(3, 4, 5), pool=pool)
+    images = np.random.default_rng(1).normal(size=(2, n_channels, height, width))
+    look = coarse.look(torch.from_numpy(images))
+    for b in range(2):
+        scores, z_coarse, maps = reference(coarse, images[b], strides, pool)
+        np.testing.assert_allclose(array(look.scores[b]), scores, rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(array(look.z_coarse[b]), z_coarse, rtol=1e-10, atol=1e-10)
+        for found, expected in zip(look.maps, maps, strict=True):
+            np.testing.assert_allclose(array(found[b]), expected, rtol=1e-10, atol=1e-10)
+    scores, z_coarse = coarse(torch.from_numpy(images))
+    assert torch.equal(scores, look.scores)
+    assert torch.equal(z_coarse, look.z_coarse)
 
 
 @pytest.mark.parametrize("strides", STRIDES)
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 9), (16, 13), (2, 11)])
-def test_forward_pass_is_the_reference(strides, height, width):
-    n_channels = 1 + height % 3
-    coarse = make_coarse(n_channels, strides, channels=(3, 4, 5))
-    images = np.random.default_rng(1).normal(size=(2, n_channels, height, width))
-    scores, z_coarse = coarse(torch.from_numpy(images))
-    for b in range(2):
-        expected_scores, expected_z = reference(coarse, images[b])
-        np.testing.assert_allclose(array(scores[b]), expected_scores, rtol=1e-10, atol=1e-10)
-        np.testing.assert_allclose(array(z_coarse[b]), expected_z, rtol=1e-10, atol=1e-10)
+def test_cells_lie_over_every_step_th_pixel(strides):
+    coarse = make_coarse(1, strides)
+    assert coarse.steps == tuple(np.cumprod(strides))
+    images = torch.randn(1, 1, 30, 23, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    look = coarse.look(images)
+    for step, cells in zip(coarse.steps, look.maps, strict=True):
+        assert cells.shape[2:] == images[0, 0, ::step, ::step].shape
+    step = coarse.steps[1]
+    torch.testing.assert_close(look.scores[:, ::step, ::step], coarse.score(look.maps[1])[:, 0])
 
 
 @settings(max_examples=60)
@@ -88,41 +116,95 @@ def test_forward_pass_is_the_reference(strides, height, width):
     n_channels=st.integers(1, 6),
     strides=st.sampled_from(STRIDES),
     training=st.booleans(),
+    pool=st.sampled_from(["middle", "deep"]),
 )
-@example(height=1, width=300, n_channels=1, strides=(2, 2, 2), training=True)
-@example(height=135, width=135, n_channels=1, strides=(2, 2, 2), training=True)
-@example(height=1, width=1, n_channels=5, strides=(2, 2, 2), training=True)
-def test_any_image_size_and_channels(height, width, n_channels, strides, training):
-    coarse = CoarseAttention(n_channels, strides=strides).train(training)
+@example(height=1, width=300, n_channels=1, strides=(2, 2, 2), training=True, pool="middle")
+@example(height=135, width=135, n_channels=1, strides=(2, 2, 2), training=True, pool="deep")
+@example(height=1, width=1, n_channels=5, strides=(2, 2, 2), training=True, pool="middle")
+def test_any_image_size_and_channels(height, width, n_channels, strides, training, pool):
+    coarse = CoarseAttention(n_channels, strides=strides, pool=pool).train(training)
     scores, z_coarse = coarse(torch.rand(2, n_channels, height, width))
     assert scores.shape == (2, height, width)
-    assert z_coarse.shape == (2, coarse.n_features) == (2, 48)
+    assert z_coarse.shape == (2, coarse.n_features) == (2, 48 if pool == "deep" else 32)
     assert torch.isfinite(scores).all()
     assert torch.isfinite(z_coarse).all()
 
 
 @pytest.mark.parametrize("strides", STRIDES)
 def test_a_pixel_is_scored_by_its_neighbourhood(strides):
-    """Far from a change the scores stay: every cell of the reduced map lands on its own pixels."""
+    """Far from a change the scores stay: every cell of the reduced map is spread around its own pixel."""
     coarse = make_coarse(1, strides)
     images = torch.zeros(2, 1, 64, 48, dtype=torch.float64)
     images[1, 0, 40, 11] = 3.0
     scores, _ = coarse(images)
     i, j = torch.nonzero(scores[0] != scores[1]).T
-    # Three 3x3 convolutions see at most 1 + 2 * (1 + s0 + s0 s1) pixels across, plus the cell itself.
-    reach = 1 + strides[0] + 2 * coarse.score_stride
+    # A cell sees 1 + s0 pixels to each side by two 3x3 convolutions; its score enters less than a step away.
+    reach = 1 + strides[0] + strides[0] * strides[1] - 1
     assert len(i)
     assert abs(i - 40).max() <= reach
     assert abs(j - 11).max() <= reach
     assert scores[0, 40, 11] != scores[1, 40, 11]
 
 
-def test_gradient_reaches_every_parameter():
-    coarse = make_coarse(2, (2, 2, 2)).train()
-    scores, z_coarse = coarse(torch.randn(4, 2, 20, 21, dtype=torch.float64))
-    (scores.square().sum() + z_coarse.square().sum()).backward()
-    without = [name for name, p in coarse.named_parameters() if p.grad is None or not p.grad.any()]
-    assert without == []
+def symmetric(coarse):
+    """Make every kernel its own mirror image, up-down and left-right."""
+    with torch.no_grad():
+        for module in coarse.modules():
+            if isinstance(module, nn.Conv2d):
+                w = module.weight
+                module.weight.copy_((w + w.flip(2) + w.flip(3) + w.flip(2, 3)) / 4)
+    return coarse
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+def test_the_score_map_is_not_displaced(strides):
+    """Where cells lie over the first and the last pixel, a mirrored image has mirrored scores."""
+    coarse = symmetric(make_coarse(2, strides))
+    step = coarse.steps[1]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 2, 5 * step + 1, 8 * step + 1, dtype=torch.float64, generator=generator)
+    scores, _ = coarse(images)
+    for axes in ((1,), (2,), (1, 2)):
+        mirrored, _ = coarse(images.flip([axis + 1 for axis in axes]))
+        torch.testing.assert_close(mirrored, scores.flip(axes))
+    centred = (images + images.flip(2) + images.flip(3) + images.flip(2, 3)) / 4
+    scores, _ = coarse(centred)
+    torch.testing.assert_close(scores, scores.flip(1))
+    torch.testing.assert_close(scores, scores.flip(2))
+    assert scores.std() > 0.01
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+def test_a_bright_pixel_raises_the_scores_around_itself(strides):
+    coarse = symmetric(CoarseAttention(1, strides=strides).double().eval())
+    with torch.no_grad():
+        for module in coarse.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.abs_()
+    step = coarse.steps[1]
+    i, j, reach = 8 * step, 6 * step, strides[0] + step
+    images = torch.zeros(2, 1, 16 * step, 15 * step, dtype=torch.float64)
+    images[1, 0, i, j] = 1.0
+    scores, _ = coarse(images)
+    raised = scores[1] - scores[0]
+    around = raised[i - reach : i + reach + 1, j - reach : j + reach + 1]
+    torch.testing.assert_close(around.sum(), raised.sum())
+    torch.testing.assert_close(around, around.flip(0))
+    torch.testing.assert_close(around, around.flip(1))
+    assert (around >= 0).all()
+    assert raised.argmax() == i * raised.shape[1] + j
+
+
+@pytest.mark.parametrize("pool", ["middle", "deep"])
+def test_gradient_reaches_every_parameter(pool):
+    coarse = make_coarse(2, (2, 2, 2), pool=pool).train()
+    scores, z_coarse, maps = coarse.look(torch.randn(4, 2, 20, 21, dtype=torch.float64))
+    seen = {"middle": ("early", "middle", "score"), "deep": ("early", "middle", "score", "deep")}[pool]
+    (scores.square().sum() + z_coarse.square().sum()).backward(retain_graph=True)
+    without = {name.split(".")[0] for name, p in coarse.named_parameters() if p.grad is None}
+    assert without == {"early", "middle", "score", "deep"} - set(seen)
+    maps[2].square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in coarse.parameters())
 
 
 def test_scores_are_before_the_sigmoid():

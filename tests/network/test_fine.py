@@ -269,7 +269,7 @@ def test_reset_draws_from_the_generator_alone():
 def test_embedding_is_one_network_for_every_pixel():
     embedding = PixelEmbedding(3, 6).double()
     pixels = torch.randn(2, 7, 5, dtype=torch.float64)
-    first, last = embedding.hidden[0], embedding.out
+    first, last = embedding.first, embedding.out
     hidden = np.maximum(pixels.numpy() @ first.weight.detach().numpy().T + first.bias.detach().numpy(), 0)
     expected = hidden @ last.weight.detach().numpy().T + last.bias.detach().numpy()
     np.testing.assert_allclose(embedding(pixels).detach().numpy(), expected, **TOLERANCE)
@@ -278,9 +278,22 @@ def test_embedding_is_one_network_for_every_pixel():
 def test_embedding_is_joint_in_place_and_value():
     """Were it code(x, y) + code(v), this mixed difference would vanish."""
     embedding = PixelEmbedding(1, 32).double()
-    embedding.hidden[0].weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    embedding.first.weight.data.normal_(generator=torch.Generator().manual_seed(0))
     here, there = [-0.5, 0.3], [0.7, -0.2]
     pixels = [[*place, value] for place in (here, there) for value in (0.1, 0.9)]
     tokens = embedding(torch.tensor([pixels], dtype=torch.float64))[0]
     mixed = tokens[0] - tokens[1] - tokens[2] + tokens[3]
     assert mixed.abs().max() > 1e-3
+
+
+def test_context_is_added_before_the_relu():
+    embedding = PixelEmbedding(2, 5).double()
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(3, 8, 4, dtype=torch.float64, generator=generator)
+    context = torch.randn(3, 8, 5, dtype=torch.float64, generator=generator)
+    weight, bias = (value.detach().numpy() for value in (embedding.first.weight, embedding.first.bias))
+    linear = pixels.numpy() @ weight.T + bias
+    expected = np.maximum(linear + context.numpy(), 0)
+    np.testing.assert_allclose(embedding.hidden(pixels, context).detach().numpy(), expected, **TOLERANCE)
+    np.testing.assert_allclose(embedding.hidden(pixels).detach().numpy(), np.maximum(linear, 0), **TOLERANCE)
+    assert torch.equal(embedding(pixels), embedding.out(embedding.hidden(pixels)))

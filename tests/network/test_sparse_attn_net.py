@@ -14,6 +14,8 @@ from sklearn_sparseattn import SparseAttnClassifier
 from sklearn_sparseattn.network import SparseAttnNet
 from sklearn_sparseattn.training.setup import new_network
 
+VARIANTS = ("context", "paper")
+
 
 def make_net(n_channels=1, n_classes=3, k=20.0, seed=0, **options):
     """Float64, in evaluation mode, with weights and statistics as after some training."""
@@ -45,6 +47,7 @@ class Reference:
         self.w = {name: value.numpy().astype(float) for name, value in net.state_dict().items()}
         self.n_heads = net.fine.n_heads
         self.strides = strides
+        self.with_context = net.context is not None
 
     def norm(self, x, name):
         mean, variance = self.w[f"{name}.running_mean"], self.w[f"{name}.running_var"]
@@ -58,26 +61,40 @@ class Reference:
         return np.maximum(self.norm(x, f"{name}.1"), 0)
 
     def coarse(self, image):
+        """Scores (H, W), pooled features, and the maps (h, w, C) with the pixels between their cells."""
         _, height, width = image.shape
-        x = self.stage(np.moveaxis(image, 0, -1), "coarse.middle.0", self.strides[0])
-        x = self.stage(x, "coarse.middle.1", self.strides[1])
-        x = self.stage(x, "coarse.middle.2")
-        cells = x @ self.w["coarse.score.weight"][:, :, 0, 0].T + self.w["coarse.score.bias"]
-        step = self.strides[0] * self.strides[1]
-        blocks = cells.reshape(*cells.shape[:2], step, step)
-        scores = np.block([list(row) for row in blocks])[:height, :width]
-        x = self.stage(x, "coarse.deep.0", self.strides[2])
-        x = self.stage(x, "coarse.deep.1")
-        return scores, np.concatenate([x.mean((0, 1)), x.max((0, 1))])
+        early = self.stage(np.moveaxis(image, 0, -1), "coarse.early", self.strides[0])
+        middle = self.stage(early, "coarse.middle", self.strides[1])
+        deep = self.stage(middle, "coarse.deep.0", self.strides[2])
+        deep = self.stage(deep, "coarse.deep.1")
+        cells = middle @ self.w["coarse.score.weight"][0, :, 0, 0] + self.w["coarse.score.bias"]
+        steps = np.cumprod(self.strides)
+        across = [np.interp(np.arange(width), np.arange(len(row)) * steps[1], row) for row in cells]
+        below = np.arange(len(cells)) * steps[1]
+        scores = np.stack([np.interp(np.arange(height), below, c) for c in np.transpose(across)], axis=1)
+        pooled = middle if self.with_context else deep
+        z_coarse = np.concatenate([pooled.mean((0, 1)), pooled.max((0, 1))])
+        return scores, z_coarse, list(zip((early, middle, deep), steps, strict=True))
 
-    def fine(self, image, pixels):
+    def embed(self, image, pixels, scores, maps):
+        """E = W2 [gate * relu(W1 p + b1 + sum_s U_s c_s)] + b2, without gate and sum in the paper."""
         n_channels, height, width = image.shape
         i, j = np.divmod(pixels, width)
         place = [(2 * j + 1) / width - 1, (2 * i + 1) / height - 1]
         tokens = np.stack([*place, *image.reshape(n_channels, -1)[:, pixels]], axis=1)
-        for name, last in (("embedding.hidden.0", False), ("embedding.out", True)):
-            tokens = tokens @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]
-            tokens = tokens if last else np.maximum(tokens, 0)
+        hidden = tokens @ self.w["embedding.first.weight"].T + self.w["embedding.first.bias"]
+        gate = 1.0
+        if self.with_context:
+            gate = 1 / (1 + np.exp(-scores[i, j]))[:, None]
+            for s, (cells, step) in enumerate(maps):
+                row = np.minimum(np.floor(i / step + 0.5).astype(int), len(cells) - 1)
+                column = np.minimum(np.floor(j / step + 0.5).astype(int), len(cells[0]) - 1)
+                hidden += cells[row, column] @ self.w[f"context.project.{s}.weight"][:, :, 0, 0].T
+        return (gate * np.maximum(hidden, 0)) @ self.w["embedding.out.weight"].T + self.w[
+            "embedding.out.bias"
+        ]
+
+    def fine(self, tokens):
         cls = self.w["fine.cls_token"][0, 0]
         rows = np.vstack([tokens, cls])
         z_fine, attention, signed = 0, 0, 0
@@ -106,14 +123,15 @@ class Reference:
         return x @ self.w["fusion.out.weight"].T + self.w["fusion.out.bias"]
 
     def __call__(self, image):
-        scores, z_coarse = self.coarse(image)
+        scores, z_coarse, maps = self.coarse(image)
         k = int(np.clip(np.floor(self.w["k"] + 0.5), 1, scores.size))
         pixels = np.sort(np.argsort(-scores.ravel(), kind="stable")[:k])
-        z_fine, attention, signed = self.fine(image, pixels)
+        z_fine, attention, signed = self.fine(self.embed(image, pixels, scores, maps))
         features = np.concatenate([z_fine, z_coarse])
         return self.fusion(features), features, scores, pixels, attention, signed
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     ("n_channels", "height", "width", "k", "options"),
     [
@@ -126,58 +144,95 @@ class Reference:
         (3, 9, 8, 20, {"strides": (1, 1, 2), "embed_dim": 5, "n_heads": 5}),
     ],
 )
-def test_forward_pass_is_the_reference(n_channels, height, width, k, options):
-    net = make_net(n_channels, 4, k, **options)
+def test_forward_pass_is_the_reference(n_channels, height, width, k, options, variant):
+    net = make_net(n_channels, 4, k, variant=variant, **options)
     images = random_images(2, n_channels, height, width)
     output = net(images)
     reference = Reference(net, options.get("strides", (2, 2, 2)))
+    assert reference.with_context == (variant == "context")
     for b in range(2):
         for name, expected in zip(output._fields, reference(images[b].numpy()), strict=True):
             found = getattr(output, name)[b].detach().numpy()
             np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9, err_msg=name)
 
 
+@pytest.mark.parametrize(("variant", "n_coarse"), [("context", 32), ("paper", 48)])
 @pytest.mark.parametrize("n_channels", [1, 3, 5])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 7), (5, 3), (33, 2), (135, 135)])
-def test_any_image_size_trains(n_channels, height, width):
-    net = SparseAttnNet(n_channels, 2, k=6).train()
+def test_any_image_size_trains(n_channels, height, width, variant, n_coarse):
+    net = SparseAttnNet(n_channels, 2, k=6, variant=variant).train()
     output = net(torch.rand(3, n_channels, height, width))
     k = min(6, height * width)
     assert output.logits.shape == (3, 2)
-    assert output.features.shape == (3, 32 + 48)
+    assert output.features.shape == (3, 32 + n_coarse)
     assert output.scores.shape == (3, height, width)
     assert output.pixels.shape == output.attention.shape == output.contribution.shape == (3, k)
     output.logits.square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
 
 
+def without_gradient(net):
+    return {name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()}
+
+
 def test_scores_learn_from_no_gradient_of_the_answer():
     """As printed: what is chosen is not differentiated through; every other weight learns from the logits."""
-    net = make_net().train()
+    net = make_net(variant="paper").train()
     output = net(random_images(4, 1, 24, 24))
     output.logits.square().sum().backward(retain_graph=True)
-    without = {name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()}
-    assert without == {"coarse.score.weight", "coarse.score.bias"}
+    assert without_gradient(net) == {"coarse.score.weight", "coarse.score.bias"}
     output.scores.square().sum().backward()
     assert net.coarse.score.weight.grad.any()
+
+
+def test_with_context_every_weight_learns_from_the_answer():
+    net = make_net().train()
+    net(random_images(4, 1, 24, 24)).logits.square().sum().backward()
+    assert without_gradient(net) == set()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_answer_moves_with_the_level_of_the_scores_through_the_gate_alone(variant):
+    """The bias of the scores leaves the choice as it is: its gradient is the slope of the logits."""
+    net = make_net(k=40, variant=variant)
+    images = random_images(2, 1, 24, 24)
+    bias = net.coarse.score.bias
+
+    def logits(shift):
+        with torch.no_grad():
+            bias.add_(shift)
+            output = net(images)
+            bias.sub_(shift)
+        return output.logits
+
+    before = net(images)
+    (slope,) = torch.autograd.grad(before.logits[0, 1], bias, allow_unused=True)
+    measured = ((logits(1e-5) - logits(-1e-5)) / 2e-5)[0, 1]
+    if variant == "paper":
+        assert slope is None
+        assert torch.equal(logits(3.0), before.logits)
+    else:
+        assert measured.abs() > 1e-4
+        torch.testing.assert_close(slope[0], measured, rtol=1e-6, atol=1e-9)
 
 
 class FixedCoarse(nn.Module):
     """Says the same of every image."""
 
-    def __init__(self, scores, z_coarse):
+    def __init__(self, look):
         super().__init__()
-        self.answer = scores, z_coarse
+        self.answer = look
 
-    def forward(self, images):
+    def look(self, images):
         return self.answer
 
 
-def test_pixels_not_chosen_matter_through_the_coarse_net_only():
-    net = make_net(n_channels=2, k=30)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pixels_not_chosen_matter_through_the_coarse_net_only(variant):
+    net = make_net(n_channels=2, k=30, variant=variant)
     images = random_images(3, 2, 12, 14)
     before = net(images)
-    net.coarse = FixedCoarse(*net.coarse(images))
+    net.coarse = FixedCoarse(net.coarse.look(images))
     chosen = torch.zeros(3, 12 * 14, dtype=torch.bool).scatter_(1, before.pixels, True).view(3, 1, 12, 14)
     other = random_images(3, 2, 12, 14, seed=1)
     off = net(torch.where(chosen, images, other))
@@ -188,6 +243,27 @@ def test_pixels_not_chosen_matter_through_the_coarse_net_only():
     on = net(images)
     moved = (on.logits != before.logits).any(1)
     assert moved.tolist() == [False, True, False]
+
+
+def test_deep_features_reach_the_answer_only_through_the_chosen_pixels():
+    """With context: where no chosen pixel has its nearest cell, the deepest map may hold anything."""
+    net = make_net(k=5)
+    images = random_images(2, 1, 40, 40)
+    before = net(images)
+    look = net.coarse.look(images)
+    row, column = before.pixels // 40, before.pixels % 40
+    cells = ((row + 4) // 8).clamp(max=4) * 5 + ((column + 4) // 8).clamp(max=4)
+    taken = torch.zeros(2, 25, dtype=torch.bool).scatter_(1, cells, True).view(2, 1, 5, 5)
+    assert not taken.all()
+
+    def with_deep(deep):
+        fixed = copy.deepcopy(net)
+        fixed.coarse = FixedCoarse(look._replace(maps=(*look.maps[:2], deep)))
+        return fixed(images).logits
+
+    deep = look.maps[2]
+    assert torch.equal(with_deep(torch.where(taken, deep, deep + 7)), before.logits)
+    assert (with_deep(torch.where(taken, deep + 7, deep)) != before.logits).any(1).all()
 
 
 def test_layer_norm_of_z_fine_is_a_named_choice():
@@ -275,9 +351,12 @@ def global_states():
 PARAMS = SparseAttnClassifier().get_params(deep=False)
 
 
-def test_new_network_draws_from_its_generator_alone():
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_new_network_draws_from_its_generator_alone(variant):
     before = global_states()
-    nets = [new_network(PARAMS, (20, 30, 3), 4, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)]
+    params = PARAMS | {"variant": variant}
+    nets = [new_network(params, (20, 30, 3), 4, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)]
+    assert (nets[0].context is None) == (variant == "paper")
     assert global_states() == before
     first, same, other = (net.state_dict() for net in nets)
     for name, value in first.items():
@@ -285,7 +364,7 @@ def test_new_network_draws_from_its_generator_alone():
         assert torch.equal(value, same[name]), name
     differs = {name for name in first if not torch.equal(first[name], other[name])}
     drawn = {name for name, p in nets[0].named_parameters() if p.dim() > 1} | {
-        "embedding.hidden.0.bias",
+        "embedding.first.bias",
         "embedding.out.bias",
         "fusion.out.bias",
     }
@@ -295,8 +374,9 @@ def test_new_network_draws_from_its_generator_alone():
 
 def test_new_network_starts_as_the_layers_do():
     """Nothing is left as the memory happened to be: norms are neutral, weights scaled by their inputs."""
-    net = new_network(PARAMS, (64, 64, 1), 3, torch.Generator().manual_seed(0))
-    for module in net.modules():
+    # Of many networks, so that layers of few weights say what they were drawn from.
+    nets = [new_network(PARAMS, (64, 64, 1), 3, torch.Generator().manual_seed(seed)) for seed in range(20)]
+    for module, *others in zip(*(net.modules() for net in nets), strict=True):
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             assert (module.running_mean == 0).all()
             assert (module.running_var == 1).all()
@@ -306,7 +386,9 @@ def test_new_network_starts_as_the_layers_do():
             assert (module.bias == 0).all()
         if isinstance(module, nn.Conv2d):
             fan_in = module.weight[0].numel()
-            assert module.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.2)
+            weights = torch.stack([each.weight for each in (module, *others)])
+            assert weights.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.2)
+            assert abs(weights.mean().item()) < 5 * weights.std().item() / weights.numel() ** 0.5
             assert module.bias is None or (module.bias == 0).all()
         if isinstance(module, nn.Linear):
             bound = module.in_features**-0.5
@@ -326,13 +408,15 @@ def test_reset_leaves_k_and_is_repeatable():
 
 # ---- the budget: 135 x 135, one channel, k = 2146, three classes, default settings ----
 
-N_PARAMETERS = 0.054e6
+N_PARAMETERS = 0.050e6
 N_MULTIPLY_ADDS = 0.010e9
 
 
-@pytest.fixture(scope="module")
-def default_net():
-    net = new_network(PARAMS, (135, 135, 1), 3, torch.Generator().manual_seed(0)).eval()
+@pytest.fixture(scope="module", params=VARIANTS)
+def default_net(request):
+    net = new_network(
+        PARAMS | {"variant": request.param}, (135, 135, 1), 3, torch.Generator().manual_seed(0)
+    ).eval()
     net.k.fill_(2146)
     return net
 
@@ -349,7 +433,10 @@ def test_multiply_adds_stay_in_the_budget(default_net):
     total = counter.get_total_flops() / 2
     by_module = {name: sum(ops.values()) / 2 for name, ops in counter.get_flop_counts().items()}
     # What is called as functions, not as modules, must be in the count as well: keys, and the pooling.
-    inside = sum(by_module[f"SparseAttnNet.{part}"] for part in ("coarse", "embedding.hidden", "fusion"))
+    parts = ["coarse.early", "coarse.middle", "coarse.score", "coarse.deep", "embedding.first", "fusion"]
+    parts += ["context"] if default_net.context is not None else []
+    inside = sum(by_module[f"SparseAttnNet.{part}"] for part in parts)
+    assert all(by_module[f"SparseAttnNet.{part}"] > 0 for part in parts)
     assert total - inside >= 2146 * (32 * 32 + 2 * 32 + 32)
     assert total <= N_MULTIPLY_ADDS
 

@@ -60,6 +60,7 @@ def make_batch(n=7, seed=0):
 # ---- the loss ----
 
 
+@pytest.mark.parametrize("variant", ["context", "paper"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -71,10 +72,10 @@ def make_batch(n=7, seed=0):
     ],
     ids=str,
 )
-def test_total_is_the_weighted_sum_of_the_terms(changes):
+def test_total_is_the_weighted_sum_of_the_terms(changes, variant):
     settings = {**SETTINGS, **changes}
     images, target, weight = make_batch()
-    network = make_network().train()
+    network = make_network(variant=variant).train()
     output = network(images)
     terms = SparseAttnLoss(**settings)(output, target, weight)
     assert list(terms) == [*LOSS_TERMS, "total"]
@@ -95,14 +96,15 @@ def test_total_is_the_weighted_sum_of_the_terms(changes):
     )
     torch.testing.assert_close(terms["total"], total)
 
-    # A weight of 0 leaves the gradients to the other terms; the scores learn by distillation alone.
+    # A weight of 0 leaves the gradients to the other terms; in the paper's form the scores learn by
+    # distillation alone.
     found = torch.autograd.grad(terms["total"], network.parameters(), retain_graph=True, allow_unused=True)
     expected = torch.autograd.grad(total, network.parameters(), allow_unused=True)
     for (name, p), one, other in zip(network.named_parameters(), found, expected, strict=True):
         one, other = (torch.zeros_like(p) if g is None else g for g in (one, other))
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=name)
         if name == "coarse.score.weight":
-            assert one.any() == bool(settings["distillation_weight"])
+            assert one.any() == (variant == "context" or bool(settings["distillation_weight"]))
 
 
 def test_weights_keep_their_meaning_from_batch_to_batch():
@@ -218,7 +220,7 @@ def test_progress_bar_follows_the_epochs(capsys):
 
 def first_layer(network, images):
     """What the first batch norm sees, (rows, H, W, channels), in NumPy."""
-    conv = network.coarse.middle[0][0]
+    conv = network.coarse.early[0]
     padded = np.pad(images.numpy().astype(float)[:, 0], ((0, 0), (1, 1), (1, 1)))
     windows = sliding_window_view(padded, (3, 3), axis=(1, 2))[:, :: conv.stride[0], :: conv.stride[1]]
     return np.einsum("bhwij,oij->bhwo", windows, conv.weight.detach().numpy()[:, 0].astype(float))
@@ -226,7 +228,7 @@ def first_layer(network, images):
 
 def test_batch_norm_gets_the_statistics_of_the_data():
     network = make_network()
-    norm = network.coarse.middle[0][1]
+    norm = network.coarse.early[1]
     norm.running_mean.fill_(1e3)
     norm.running_var.fill_(1e6)
     images = torch.cat([make_batch(seed=seed)[0] for seed in range(6)])[:40]
@@ -334,12 +336,16 @@ def test_random_state_that_is_none():
 
 
 @pytest.mark.parametrize(
-    ("image_shape", "score_stride", "k"),
-    [((135, 135, 1), 4, 8000), ((20, 20, 3), 2, 8000 / 18225 * 400), ((8, 9, 1), 1, 8000 / 18225 * 72)],
+    ("image_shape", "steps", "k"),
+    [
+        ((135, 135, 1), (2, 4, 8), 8000),
+        ((20, 20, 3), (1, 2, 4), 8000 / 18225 * 400),
+        ((8, 9, 1), (1, 1, 2), 8000 / 18225 * 72),
+    ],
 )
-def test_new_network_suits_the_images(image_shape, score_stride, k):
+def test_new_network_suits_the_images(image_shape, steps, k):
     network = new_network(PARAMS, image_shape, 5, torch.Generator().manual_seed(0)).eval()
-    assert network.coarse.score_stride == score_stride
+    assert network.coarse.steps == steps
     assert network.k.item() == pytest.approx(k)
     height, width, channels = image_shape
     output = network(torch.zeros(1, channels, height, width))
@@ -350,6 +356,10 @@ def test_new_network_suits_the_images(image_shape, score_stride, k):
     assert network.fine.cls_token.shape == (1, 1, 9)
     assert network.fusion.out.in_features == 10
     assert network.k.item() == 7
+    assert network.context is not None
+    paper = new_network({**PARAMS, "variant": "paper"}, image_shape, 5, torch.Generator().manual_seed(0))
+    assert paper.context is None
+    assert paper.eval()(torch.zeros(1, channels, height, width)).features.shape == (1, 32 + 48)
 
 
 def test_dynamic_k_takes_the_parameters_by_name():

@@ -1,0 +1,206 @@
+"""What does each part add? One thing at a time is changed in SparseAttnClassifier, by the same splits.
+
+    python benchmarks/ablation.py                                  # all that ablation.json does not hold yet
+    python benchmarks/ablation.py --variants random_pixels,coarse_only --data pbc5,event --seeds 5 --jobs 2
+    python benchmarks/ablation.py --tables                         # only rewrite the tables of README.md
+
+The harness is that of accuracy.py, and its runs of `sparseattn` are what the variants are held against.
+Parts are taken out or replaced in the network itself, when its training begins, by `Change`; everything else
+of the fit stays as it is.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import accuracy
+import data_sets
+import torch
+from accuracy import difference, measure_all, names_of, ours, runs_of, spread
+from report import put_into, recorded
+from skorch.callbacks import Callback
+from torch import nn
+
+from sklearn_sparseattn.network import pixel_tokens, select_pixel_set
+from sklearn_sparseattn.network.coarse import CoarseLook
+
+HERE = Path(__file__).resolve().parent
+RESULTS, README = HERE / "ablation.json", HERE / "README.md"
+DATA = ("pbc5", "event", "tcell")
+
+
+# ---- controls: what replaces a part of the network ----
+
+
+class Change(Callback):
+    """Change the network before it is trained; what is changed stays so in the fitted estimator."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def on_train_begin(self, net, X=None, y=None, **kwargs):
+        """Apply it."""
+        self.change(net.module_)
+
+
+class Nothing(nn.Module):
+    """Zeros in place of what comes in."""
+
+    def forward(self, features):
+        """Keep the shape."""
+        return torch.zeros_like(features)
+
+
+class WithoutPooled(nn.Module):
+    """A coarse network whose pooled features are withheld."""
+
+    def __init__(self, coarse):
+        super().__init__()
+        self.coarse = coarse
+
+    def look(self, images):
+        """Zeros for z_coarse."""
+        scores, z_coarse, maps = self.coarse.look(images)
+        return CoarseLook(scores, torch.zeros_like(z_coarse), maps)
+
+
+def coarse_only(network):
+    network.fine_norm = Nothing()
+
+
+def fine_only(network):
+    network.coarse = WithoutPooled(network.coarse)
+
+
+def choose_by(rank, network):
+    """Choose the pixels of the highest `rank` (images -> (B, H, W)) instead of those of the highest score."""
+    network.choose = partial(chosen_by, rank, network.k)
+
+
+def chosen_by(rank, k, images, scores):
+    n_pixels = scores[0].numel()
+    return select_pixel_set(rank(images), min(max(int(k.item() + 0.5), 1), n_pixels))
+
+
+def at_random(images):
+    return torch.rand(images.shape[0], *images.shape[2:], device=images.device)
+
+
+def brightness(images):
+    return images.mean(1)
+
+
+def darkness(images):
+    return -images.mean(1)
+
+
+def gradient(images):
+    """Squared length of the gradient, by central differences."""
+    padded = nn.functional.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")[:, 0]
+    down = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
+    right = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
+    return down.square() + right.square()
+
+
+def ungated(network):
+    network.hidden_tokens = partial(tokens_without_gate, network.embedding, network.context)
+
+
+def tokens_without_gate(embedding, context, images, pixels, scores, maps):
+    return embedding.hidden(pixel_tokens(images, pixels), context(maps, pixels, images.shape[-1]))
+
+
+def changed(change, **params):
+    return {"callbacks": [Change(change)], **params}
+
+
+def fixed_k(share):
+    return {"k_init": share, "k_min": share, "k_max": share}
+
+
+# name -> parameters of SparseAttnClassifier that differ from the defaults.
+VARIANTS = {
+    "coarse_only": changed(coarse_only),
+    "coarse_only_deep": changed(coarse_only, variant="paper"),
+    "fine_only": changed(fine_only),
+    "paper_form": {"variant": "paper"},
+    "random_pixels": changed(partial(choose_by, at_random)),
+    "brightest_pixels": changed(partial(choose_by, brightness)),
+    "darkest_pixels": changed(partial(choose_by, darkness)),
+    "steepest_pixels": changed(partial(choose_by, gradient)),
+    "ungated": changed(ungated),
+    "no_contrastive": {"contrastive_weight": 0.0},
+    "no_distillation": {"distillation_weight": 0.0},
+    "distillation_as_printed": {"distillation_emphasis": None},
+    "focal": {"focal_gamma": 2.0},
+    **{f"k={share}%": fixed_k(share / 100) for share in (2, 5, 10, 15, 30, 100)},
+    "random_pixels_k=2%": changed(partial(choose_by, at_random), **fixed_k(0.02)),
+    "k_init=0.2": {"k_init": 0.2},
+    "k_init=1": {"k_init": 1.0},
+    "k_update=batch": {"k_update": "batch"},
+    "embed_dim=16": {"embed_dim": 16},
+    "embed_dim=64": {"embed_dim": 64},
+    "n_heads=1": {"n_heads": 1},
+    "n_heads=4": {"n_heads": 4},
+    "lr=5e-3": {"lr": 5e-3},
+    "lr=2e-2": {"lr": 2e-2},
+    "max_epochs=60": {"max_epochs": 60},
+    "batch_size=64": {"batch_size": 64},
+    "weight_decay=1e-2": {"weight_decay": 1e-2},
+    "early_stopping": {"early_stopping": True},
+}
+
+
+# ---- tables ----
+
+
+def variant_row(name, runs, default):
+    found = list(runs.values())
+    columns = [spread(found, column) for column in ("accuracy", "balanced_accuracy")]
+    columns += [spread(found, "ece", factor=1, digits=3), spread(found, "share")]
+    differences = [""] * 4
+    if name != "default" and runs.keys() & default.keys():
+        differences = [
+            text for column in ("accuracy", "balanced_accuracy") for text in difference(runs, default, column)
+        ]
+    return f"| `{name}` | {len(runs)} | {' | '.join([*columns, *differences])} |"
+
+
+def tables(results, results_of_default):
+    lines = []
+    for data, title in data_sets.TITLES.items():
+        default = runs_of(results_of_default, data, "sparseattn")
+        variants = {name: runs_of(results, data, name) for name in VARIANTS}
+        if any(variants.values()):
+            rows = {"default": default, **variants}
+            lines += [
+                f"### {title[0].upper()}{title[1:]}",
+                "",
+                "| variant | n | accuracy % | balanced accuracy % | calibration error | k, % of the image "
+                "| accuracy against default, points | | balanced accuracy, points | |",
+                "|---|---|---|---|---|---|---|---|---|---|",
+                *(variant_row(name, runs, default) for name, runs in rows.items() if runs),
+                "",
+            ]
+    return "\n".join(lines)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variants", type=names_of(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--data", type=names_of(data_sets.DATA_SETS), default=list(DATA))
+    parser.add_argument("--seeds", type=int, default=5, help="how many splits of each data set, at most 5")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--tables", action="store_true", help="measure nothing")
+    options = parser.parse_args(arguments)
+    models = {name: ours(**VARIANTS[name]) for name in options.variants}
+    well = options.tables or measure_all(RESULTS, models, options.data, options.seeds, options.jobs)
+    put_into(README, "ablation", tables(recorded(RESULTS), recorded(accuracy.RESULTS)))
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
