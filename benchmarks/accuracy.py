@@ -97,7 +97,7 @@ def run_one(data, split, name, estimator_factory):
     fitting, validation = train_test_split(train, test_size=0.1, stratify=target[train], random_state=seed)
     estimator = estimator_factory(
         augment=data_sets.augmentation(data),
-        batch_size=data_sets.batch_size(len(train)),
+        batch_size=data_sets.BATCH_SIZE,
         random_state=seed,
     )
     torch.set_num_threads(1)

@@ -113,6 +113,4 @@ def augmentation(name):
     return keep_fringes if name == "hologram" else "dihedral"
 
 
-def batch_size(n_train):
-    """The same for all neural models: of few rows small batches, for enough steps in an epoch."""
-    return 32 if n_train < 2000 else 64
+BATCH_SIZE = 32  # the same for all neural models

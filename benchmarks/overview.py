@@ -1,67 +1,36 @@
-"""The figures of the README: accuracy on real and generated cells, cost of a prediction.
+"""The figures of the README: accuracy (from accuracy.json), place of the chosen pixels, cost of a prediction.
 
     python benchmarks/overview.py            # measure what overview.json does not hold yet, then the README
-    python benchmarks/overview.py --readme   # only rewrite the tables of the README from overview.json
+    python benchmarks/overview.py --readme   # only rewrite the tables of the README from the JSONs
 
-Real images are read from SPARSEATTN_DATA (by default ../shared/data); without them their rows stay as they
-are. Results are written as they come.
+Results are written as they come.
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
+import accuracy
+import data_sets
 import numpy as np
 import torch
+from accuracy import spread
 from joblib import Parallel, delayed
-from report import machine, put_into
+from report import machine, put_into, recorded
 from sklearn.datasets import load_digits
-from sklearn.metrics import f1_score
-from sklearn.model_selection import cross_val_score, train_test_split
+from sklearn.model_selection import cross_val_score
 from torch.utils.flop_counter import FlopCounterMode
 
 from sklearn_sparseattn import SparseAttnClassifier
-from sklearn_sparseattn.datasets import load_image_folder, make_cells
+from sklearn_sparseattn.datasets import make_cells
 from sklearn_sparseattn.network import SparseAttnNet
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "overview.json"
 README = HERE.parent / "README.md"
-DATA = Path(os.environ.get("SPARSEATTN_DATA", HERE.parent.parent / "shared" / "data"))
 SEEDS = (0, 1, 2)
-
-
-def split_and_score(images, target, seed, **params):
-    """Fit on 80 %, stratified; score on the rest."""
-    parts = train_test_split(images, target, test_size=0.2, stratify=target, random_state=seed)
-    X_train, X_test, y_train, y_test = parts
-    clf = SparseAttnClassifier(random_state=seed, **params)
-    clf.fit(X_train, y_train)
-    predicted = clf.predict(X_test)
-    return {
-        "accuracy": float(np.mean(predicted == y_test)),
-        "macro_f1": float(f1_score(y_test, predicted, average="macro")),
-        "k": clf.k_,
-        "share": clf.k_ / (clf.image_shape_[0] * clf.image_shape_[1]),
-        "n_images": len(images),
-    }
-
-
-def pbc5(seed):
-    cells = load_image_folder(DATA / "pbc5", crop="square", image_size=64)
-    return split_and_score(cells.images, cells.target, seed, augment="dihedral", max_epochs=20)
-
-
-def generated(modality):
-    def measure(seed):
-        cells = make_cells(1500, modality=modality, image_size=96, random_state=seed)
-        # Turned by a quarter, a hologram's carrier runs in a direction that no camera sees.
-        augment = None if modality == "hologram" else "dihedral"
-        return split_and_score(cells.images, cells.target, seed, augment=augment)
-
-    return measure
+CNNS = {"resnet50": "ResNet50", "mobilenetv2": "MobileNetV2"}
 
 
 def attention(modality):
@@ -104,8 +73,6 @@ def cost(seed):
 
 MODALITIES = ("opd", "hologram", "event", "brightfield")
 JOBS = {
-    **{f"pbc5/{seed}": (pbc5, seed) for seed in SEEDS},
-    **{f"{m}/{seed}": (generated(m), seed) for seed in SEEDS[:1] for m in MODALITIES},
     **{f"digits/{seed}": (digits, seed) for seed in SEEDS},
     **{f"attention-{m}/0": (attention(m), 0) for m in MODALITIES},
     "cost/0": (cost, 0),
@@ -121,8 +88,6 @@ def measure_all():
     """Two jobs at a time on one thread each; what is timed comes last and alone."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     missing = [name for name in JOBS if name not in results]
-    if not (DATA / "pbc5").is_dir():
-        missing = [name for name in missing if not name.startswith("pbc5")]
     for timed, n_jobs in ((False, 2), (True, 1)):
         names = [name for name in missing if name.startswith("cost") == timed]
         found = Parallel(n_jobs, return_as="generator_unordered")(delayed(run_job)(name) for name in names)
@@ -132,26 +97,30 @@ def measure_all():
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def spread(runs, column):
-    """Mean in per cent, with the standard deviation if there are several runs."""
-    values = 100 * np.array([run[column] for run in runs])
-    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+def accuracy_row(results, data, title):
+    """Ours, and the better of the two large CNNs on the splits that it was run on."""
+    ours = list(accuracy.runs_of(results, data, "sparseattn").values())
+    peers = {name: list(accuracy.runs_of(results, data, name).values()) for name in CNNS}
+    peers = {name: runs for name, runs in peers.items() if runs}
+    best = max(peers, key=lambda name: np.mean([run["accuracy"] for run in peers[name]]), default=None)
+    cnn = (
+        f"{spread(peers[best], 'accuracy')} ({CNNS[best]}, n = {len(peers[best])})" if best else "not run yet"
+    )
+    figures = " | ".join(spread(ours, column) for column in ("accuracy", "macro_f1", "share"))
+    return f"| {title} | {ours[0]['n_train'] + ours[0]['n_test']} | {len(ours)} | {figures} | {cnn} |"
 
 
-def tables(results):
+def tables(results, results_of_accuracy):
     """Markdown from the results, and from nothing else."""
-    names = {
-        "pbc5": "stained white blood cells (real, pbc5, 5 classes, 64×64 RGB)",
-        **{m: f"generated, {m} (3 classes, 96×96)" for m in MODALITIES},
-    }
     lines = [
-        "| images | number | seeds | accuracy % | macro F1 % | k, % of the image |",
-        "|---|---|---|---|---|---|",
+        "| images | number | n | accuracy % | macro F1 % | k, % of the image | a CNN's accuracy % |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            accuracy_row(results_of_accuracy, data, title)
+            for data, title in data_sets.TITLES.items()
+            if accuracy.runs_of(results_of_accuracy, data, "sparseattn")
+        ),
     ]
-    for key, name in names.items():
-        runs = [run for job, run in results.items() if job.split("/")[0] == key]
-        figures = " | ".join(spread(runs, column) for column in ("accuracy", "macro_f1", "share"))
-        lines.append(f"| {name} | {runs[0]['n_images']} | {len(runs)} | {figures} |")
     digit_runs = [run for job, run in results.items() if job.startswith("digits")]
     looks = [results[f"attention-{m}/0"] for m in MODALITIES]
     on_cell = ", ".join(f"{look['chosen_on_cell']:.0%}" for look in looks)
@@ -159,8 +128,12 @@ def tables(results):
     where = run["machine"]
     lines += [
         "",
-        "80 % for training, the rest for the score. scikit-learn's digits, `cross_val_score` with `cv=3` and "
-        f"default settings: {spread(digit_runs, 'accuracy')} % ({len(digit_runs)} seeds).",
+        "n: splits (80/20 by seed, folds of jurkat, donors of T cells), mean ± standard deviation; the CNN "
+        "is the better of ResNet50 and MobileNetV2, from scratch. More models, differences with intervals "
+        "and how it was done: [benchmarks](benchmarks/README.md).",
+        "",
+        "scikit-learn's digits, `cross_val_score` with `cv=3` and default settings: "
+        f"{spread(digit_runs, 'accuracy')} % ({len(digit_runs)} seeds).",
         "",
         f"Share of the chosen pixels on the cell ({', '.join(MODALITIES)}; 64×64, one seed): {on_cell}. "
         f"The cell covers {np.mean([look['cell_share'] for look in looks]):.0%} of the image.",
@@ -170,7 +143,7 @@ def tables(results):
         f"`predict_proba` (float64) on {where['threads']} threads.",
         "",
         f"Machine: {where['processor']}, torch {where['torch']}, scikit-learn {where['scikit-learn']}. Made "
-        "from `benchmarks/overview.json` by `benchmarks/overview.py`.",
+        "from `benchmarks/accuracy.json` and `overview.json` by `benchmarks/overview.py`.",
     ]
     return "\n".join(lines)
 
@@ -178,4 +151,4 @@ def tables(results):
 if __name__ == "__main__":
     if "--readme" not in sys.argv[1:]:
         measure_all()
-    put_into(README, "overview", tables(json.loads(RESULTS.read_text())))
+    put_into(README, "overview", tables(recorded(RESULTS), recorded(accuracy.RESULTS)))

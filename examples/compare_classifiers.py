@@ -24,7 +24,7 @@ def main(n_samples=800, image_size=48, max_epochs=20, modality="opd", cv=3):
     X, y = cells.images.reshape(n_samples, -1), cells.target
     classifiers = {
         "SparseAttnClassifier": SparseAttnClassifier(
-            augment="dihedral", batch_size=32, max_epochs=max_epochs, random_state=0
+            augment="dihedral", max_epochs=max_epochs, random_state=0
         ),
         "LogisticRegression": make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000)),
         "PCA + SVC": make_pipeline(StandardScaler(), PCA(60, random_state=0), SVC(C=10)),

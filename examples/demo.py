@@ -37,7 +37,6 @@ def learn(modality, n_samples, image_size, max_epochs, difficulty):
     )
     clf = SparseAttnClassifier(
         augment=keep_fringes if modality == "hologram" else "dihedral",
-        batch_size=32,
         max_epochs=max_epochs,
         random_state=0,
     )

@@ -12,7 +12,7 @@ from sklearn_sparseattn.datasets import make_cells
 def main(n_samples=400, image_size=40, max_epochs=10, n_jobs=2):
     cells = make_cells(n_samples, modality="opd", image_size=image_size, difficulty=0.2, random_state=0)
     search = GridSearchCV(
-        SparseAttnClassifier(augment="dihedral", batch_size=32, max_epochs=max_epochs, random_state=0),
+        SparseAttnClassifier(augment="dihedral", max_epochs=max_epochs, random_state=0),
         {"contrastive_weight": [0.0, 0.1, 0.3], "distillation_weight": [0.0, 0.02]},
         cv=3,
         n_jobs=n_jobs,

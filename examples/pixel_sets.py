@@ -20,7 +20,7 @@ def main(n_samples=800, image_size=48, max_epochs=15, k=0.15):
     X_train, X_test, y_train, y_test = train_test_split(
         cells.images, cells.target, stratify=cells.target, random_state=0
     )
-    attention = SparseAttnClassifier(augment="dihedral", batch_size=32, max_epochs=max_epochs, random_state=0)
+    attention = SparseAttnClassifier(augment="dihedral", max_epochs=max_epochs, random_state=0)
     attention.fit(X_train, y_train)
 
     scores = {

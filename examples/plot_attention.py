@@ -29,7 +29,7 @@ def main(n_samples=800, image_size=64, max_epochs=15, n_shown=4, folder="."):
         )
         # A quarter turn would slant the fringes of a hologram the other way.
         augment = None if modality == "hologram" else "dihedral"
-        clf = SparseAttnClassifier(augment=augment, batch_size=32, max_epochs=max_epochs, random_state=0)
+        clf = SparseAttnClassifier(augment=augment, max_epochs=max_epochs, random_state=0)
         clf.fit(cells.images[:n_train], cells.target[:n_train])
         X_test, y_test = cells.images[n_train:], cells.target[n_train:]
 

@@ -12,9 +12,7 @@ from sklearn_sparseattn.datasets import make_cells
 def main(n_samples=600, max_epochs=20):
     cells = make_cells(n_samples, modality="opd", image_size=48, difficulty=0.2, random_state=0)
     X_train, X_test, y_train, y_test = train_test_split(cells.images, cells.target, random_state=0)
-    clf = SparseAttnClassifier(
-        augment="dihedral", batch_size=32, max_epochs=max_epochs, random_state=0, verbose=1
-    )
+    clf = SparseAttnClassifier(augment="dihedral", max_epochs=max_epochs, random_state=0, verbose=1)
     clf.fit(X_train, y_train)
     print(f"accuracy on {len(X_test)} images: {clf.score(X_test, y_test):.3f}")
     print("probabilities of", *cells.target_names)

@@ -2,8 +2,10 @@
 
 import copy
 import importlib.util
+import json
 import re
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -256,3 +258,150 @@ def test_ablation_table_holds_variants_against_the_default(load_benchmark):
     assert "| `default` | 2 | 91.0 ± 1.4 |" in text
     assert "| `coarse_only` | 2 | 81.0 ± 1.4 |" in text
     assert "-10.00 [-10.00, -10.00] | worse" in text
+
+
+# ---- robustness ----
+
+
+@pytest.fixture(params=["uint8", "int8"])
+def poor_rows(request):
+    """Two training classes of 50 and 25 rows, and as many for the test: photographs or event frames."""
+    rng = np.random.default_rng(0)
+    bounds, shape = ((0, 256), (75, 6, 5, 3)) if request.param == "uint8" else ((-8, 12), (75, 6, 5))
+    X_train, X_test = rng.integers(*bounds, (2, *shape), dtype=request.param)
+    return X_train, np.repeat([3, 5], [50, 25]), X_test, np.repeat([5, 3], [50, 25])
+
+
+def apply(robustness, name, rows, **options):
+    """A condition's rows, after a look that it has kept its hands off what it was given."""
+    before = [array.copy() for array in rows]
+    changed = robustness.CONDITIONS[name](*rows, np.random.default_rng(1), **options)
+    for old, now, new in zip(before, rows, changed, strict=True):
+        np.testing.assert_array_equal(now, old)
+        assert new.dtype == old.dtype
+        assert new.shape[1:] == old.shape[1:]
+    assert len(changed[0]) == len(changed[1])
+    at_test = name in robustness.AT_TEST
+    for i in (0, 1) if at_test else (2, 3):
+        np.testing.assert_array_equal(changed[i], rows[i])
+    return changed
+
+
+def test_ten_a_class(load_benchmark, poor_rows):
+    robustness = load_benchmark("robustness")
+    X, y, _, _ = apply(robustness, "ten_a_class", poor_rows)
+    assert np.bincount(y)[[3, 5]].tolist() == [10, 10]
+    for image, label in zip(X, y, strict=True):
+        assert poor_rows[1][(poor_rows[0] == image).all(axis=tuple(range(1, X.ndim)))] == [label]
+    few = poor_rows[0][43:], poor_rows[1][43:], *poor_rows[2:]
+    assert np.bincount(apply(robustness, "ten_a_class", few)[1])[[3, 5]].tolist() == [7, 10]
+
+
+def test_wrong_labels_are_a_tenth_and_never_the_same(load_benchmark, poor_rows):
+    robustness = load_benchmark("robustness")
+    X, y, _, _ = apply(robustness, "label_noise_10%", poor_rows)
+    np.testing.assert_array_equal(X, poor_rows[0])
+    assert (y != poor_rows[1]).sum() == 8
+    assert set(y) == {3, 5}
+    many = np.zeros((3000, 1, 1)), np.repeat([0, 1, 2], 1000), *poor_rows[2:]
+    y = apply(robustness, "label_noise_10%", many)[1]
+    moves = (y - many[1])[y != many[1]] % 3
+    assert len(moves) == 300
+    assert np.bincount(moves)[1:].min() > 100  # each other class
+
+
+def test_constant_images(load_benchmark, poor_rows):
+    X, y, _, _ = apply(load_benchmark("robustness"), "constant_images_5%", poor_rows)
+    np.testing.assert_array_equal(y, poor_rows[1])
+    replaced = [image for image, old in zip(X, poor_rows[0], strict=True) if (image != old).any()]
+    assert all(image.min() == image.max() for image in replaced)
+    bounds = [0, 255] if X.dtype == np.uint8 else [-8, 11]
+    assert sorted(int(image.max()) for image in replaced) == [bounds[0]] * 2 + [bounds[1]] * 2
+
+
+def test_light_is_rounded_and_clipped(load_benchmark, poor_rows):
+    robustness = load_benchmark("robustness")
+    X = poor_rows[2].astype(float)
+    brighter, darker = (apply(robustness, name, poor_rows)[2] for name in ("brighter", "darker"))
+    np.testing.assert_array_equal(brighter, np.minimum(np.rint(X * 1.2), np.iinfo(brighter.dtype).max))
+    np.testing.assert_array_equal(darker, np.rint(X * 0.8))
+    assert robustness.as_dtype(np.array([0.25]), np.float32) == np.float32(0.25)
+
+
+def test_noise_has_two_per_cent(load_benchmark, poor_rows):
+    robustness = load_benchmark("robustness")
+    middle = np.full((50, 20, 20), 2, poor_rows[2].dtype)
+    black, white = robustness.value_range(poor_rows[0])
+    noisy = apply(robustness, "noise", (poor_rows[0], poor_rows[1], middle + middle * 30, np.zeros(50, int)))[
+        2
+    ]
+    expected = np.hypot(0.02 * (white - black), 12**-0.5)  # rounding adds its own
+    assert noisy.std() == pytest.approx(expected, rel=0.15)
+
+
+def test_stain_shift(load_benchmark):
+    robustness = load_benchmark("robustness")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    images[0, 0, :3] = [[0, 0, 0], [255, 255, 255], [0, 255, 0]]
+    rows = images, np.arange(4), images, np.arange(4)
+    same = apply(robustness, "stain_shift", rows, factors=(1.0, 1.0))[2]
+    assert np.abs(same.astype(int) - images).max() <= 2
+    shifted = apply(robustness, "stain_shift", rows)[2]
+    assert (np.abs(shifted.astype(int) - images).mean(axis=(1, 2, 3)) > 2).all()
+    # More of all three stains is darker by the law of Beer and Lambert, and white has none.
+    twice = robustness.restain(images[0], 2.0)
+    np.testing.assert_allclose(twice, images[0].astype(float) ** 2 / 255, atol=1)
+
+
+def test_robustness_harness(few_cells, load_benchmark, tmp_path, capsys):
+    """One fit for all test conditions, taken up where it was stopped; the tables."""
+    robustness = load_benchmark("robustness")
+    make, path = robustness.ours(max_epochs=1), tmp_path / "robustness.json"
+    assert robustness.measure_all(path, ["event", "brightfield"], 1, 1, make)
+    results = robustness.recorded(path)
+    conditions = set(robustness.CONDITIONS)
+    assert set(results) == {
+        *(f"brightfield/{name}/seed0" for name in conditions),
+        *(f"event/{name}/seed0" for name in conditions - {"stain_shift"}),
+    }
+    same = ["as_it_is", *robustness.AT_TEST]
+    assert len({results[f"brightfield/{name}/seed0"]["fit_seconds"] for name in same}) == 1
+    run = results["brightfield/ten_a_class/seed0"]
+    assert run["n_train"] == 10 + 8 + 10 + 10 + 6
+    assert run["epochs"] == 1
+    assert run["finite_loss"]
+    assert 0 < run["least_share"] <= run["share"] <= run["greatest_share"] <= 1
+    assert 0 <= run["rarest_recall"] <= 1
+    assert "rarest_recall" not in results["event/as_it_is/seed0"]  # both classes have as many
+    assert all(run["warnings"] == [] for run in results.values())
+
+    text = robustness.tables(results)
+    assert re.search(r"^\| `darker` \| 1 \|.* \| [+-][\d.]+ \| one run \|$", text, re.M)
+    assert text.count("Training losses: all finite. Warnings: none.") == 2
+
+    capsys.readouterr()
+    left = {key: run for key, run in results.items() if key != "event/darker/seed0"}
+    path.write_text(json.dumps(left))
+    assert robustness.measure_all(path, ["event"], 1, 1, make)
+    assert re.findall(r"^event\S+", capsys.readouterr().out, re.M) == ["event/darker/seed0"]
+    found, before = (r["event/darker/seed0"]["accuracy"] for r in (robustness.recorded(path), results))
+    assert found == before
+
+
+def test_warnings_are_recorded(load_benchmark):
+    robustness = load_benchmark("robustness")
+
+    def warn():
+        for text in ("twice", "twice", "once"):
+            warnings.warn(text, UserWarning, stacklevel=2)
+        return 7
+
+    assert robustness.caught(warn) == (7, ["UserWarning: twice", "UserWarning: once"])
+    run = {"condition": "noise", "split": "seed0", "finite_loss": False, "warnings": ["UserWarning: a\nb"]}
+    assert robustness.remarks([run, run | {"split": "seed1"}]) == [
+        "Training loss not finite: noise/seed0, noise/seed1. Warnings:",
+        "",
+        "- 2 × `noise`: UserWarning: a b",
+        "",
+    ]
