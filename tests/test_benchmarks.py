@@ -49,6 +49,7 @@ def few_cells(load_benchmark, monkeypatch):
     monkeypatch.setattr(data_sets, "COUNTS", counts | {"brightfield": (20, 10, 40, 12, 8)})
     small = {name: lambda name=name: data_sets.generated(name, 32) for name in data_sets.COUNTS}
     monkeypatch.setattr(data_sets, "DATA_SETS", small)
+    monkeypatch.setattr(data_sets, "N_MORE", 20)
     return data_sets
 
 
@@ -83,11 +84,15 @@ def test_paper_counts(load_benchmark):
 @pytest.mark.parametrize("name", ["opd", "hologram", "event", "brightfield"])
 def test_splits_of_generated_cells(few_cells, name):
     images, target, splits = few_cells.load(name)
-    assert len(images) == len(target) == sum(few_cells.COUNTS[name])
+    n_split = sum(few_cells.COUNTS[name])
+    assert len(images) == len(target)
+    assert 20 <= len(target) - n_split < 20 + len(few_cells.COUNTS[name])  # a class may be rounded up
+    assert len(np.unique(images[n_split:], axis=0)) == len(target) - n_split
     assert [split for split, _, _ in splits] == [f"seed{i}" for i in range(5)]
     for _, train, test in splits:
         np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(len(target)))
-        assert len(test) == pytest.approx(0.2 * len(target), abs=1)
+        assert len(test) == pytest.approx(0.2 * n_split + len(target) - n_split, abs=1)
+        assert set(test) >= set(range(n_split, len(target)))
         assert set(target[test]) == set(target[train]) == set(range(len(few_cells.COUNTS[name])))
     assert len({tuple(test) for _, _, test in splits}) == 5
 
@@ -139,7 +144,7 @@ def test_harness(few_cells, load_benchmark, tmp_path, capsys):
     run = results["event/sparseattn/seed1"]
     assert run["k"] / 32**2 == run["share"]
     assert run["epochs"] == 2
-    assert (run["n_train"], run["n_test"]) == (48, 12)
+    assert (run["n_train"], run["n_test"]) == (48, 12 + 20)
     assert run["machine"]["threads"] == 1
     assert run["macro_recall"] == pytest.approx(run["balanced_accuracy"])
     assert capsys.readouterr().out.count("accuracy") == 4
