@@ -107,13 +107,13 @@ def accuracy_row(results, data, title):
         f"{spread(peers[best], 'accuracy')} ({CNNS[best]}, n = {len(peers[best])})" if best else "not run yet"
     )
     figures = " | ".join(spread(ours, column) for column in ("accuracy", "macro_f1", "share"))
-    return f"| {title} | {ours[0]['n_train'] + ours[0]['n_test']} | {len(ours)} | {figures} | {cnn} |"
+    return f"| {title} | {ours[0]['n_train']} | {len(ours)} | {figures} | {cnn} |"
 
 
 def tables(results, results_of_accuracy):
     """Markdown from the results, and from nothing else."""
     lines = [
-        "| images | number | n | accuracy % | macro F1 % | k, % of the image | a CNN's accuracy % |",
+        "| images | training images | n | accuracy % | macro F1 % | k, % of the image | a CNN's accuracy % |",
         "|---|---|---|---|---|---|---|",
         *(
             accuracy_row(results_of_accuracy, data, title)
