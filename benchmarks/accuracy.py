@@ -101,7 +101,9 @@ def run_one(data, split, name, estimator_factory):
         random_state=seed,
     )
     torch.set_num_threads(1)
-    with threadpool_limits(1):
+    # Of our models only the controls of ablation.py draw from the global generator: pixels at random.
+    with threadpool_limits(1), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         start = time.perf_counter()
         estimator.fit(images[fitting], target[fitting], X_val=images[validation], y_val=target[validation])
         fitted = time.perf_counter()

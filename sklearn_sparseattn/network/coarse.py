@@ -56,6 +56,11 @@ class CoarseAttention(nn.Module):
     pool : {"middle", "deep"}, default="deep"
         The stage whose features are pooled.
 
+    Raises
+    ------
+    ValueError
+        If `pool` is neither.
+
     Attributes
     ----------
     n_features : int
@@ -90,6 +95,8 @@ class CoarseAttention(nn.Module):
         pool: str = "deep",
     ) -> None:
         super().__init__()
+        if pool not in ("middle", "deep"):
+            raise ValueError(f"pool={pool!r} must be 'middle' or 'deep'.")
         self.early = _convolution(in_channels, channels[0], strides[0])
         self.middle = _convolution(channels[0], channels[1], strides[1])
         self.score = nn.Conv2d(channels[1], 1, 1)

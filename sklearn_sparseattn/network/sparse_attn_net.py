@@ -66,6 +66,11 @@ class SparseAttnNet(nn.Module):
     variant : {"context", "paper"}, default="context"
         What a token knows, see Notes.
 
+    Raises
+    ------
+    ValueError
+        If `variant` is neither.
+
     Attributes
     ----------
     k : Tensor, float64 scalar on the CPU
@@ -117,6 +122,8 @@ class SparseAttnNet(nn.Module):
         variant: str = "context",
     ) -> None:
         super().__init__()
+        if variant not in ("context", "paper"):
+            raise ValueError(f"variant={variant!r} must be 'context' or 'paper'.")
         channels = (8, 16, 24)
         with_context = variant == "context"
         pool = "middle" if with_context else "deep"

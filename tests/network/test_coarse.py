@@ -230,3 +230,8 @@ def test_scores_are_before_the_sigmoid():
 )
 def test_strides_follow_the_longer_side(size, expected):
     assert strides_for(*size) == strides_for(*size[::-1]) == expected
+
+
+def test_unknown_pool_is_named():
+    with pytest.raises(ValueError, match="pool='early' must be 'middle' or 'deep'"):
+        CoarseAttention(1, pool="early")

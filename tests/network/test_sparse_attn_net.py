@@ -450,3 +450,9 @@ def test_cost_of_the_fine_branch_is_linear_in_k(default_net):
         return counter.get_total_flops()
 
     assert cost(3000) - cost(2000) == cost(2000) - cost(1000) > 0
+
+
+@pytest.mark.parametrize("variant", ["Context", "", None])
+def test_unknown_variant_is_named(variant):
+    with pytest.raises(ValueError, match=rf"variant={variant!r} must be 'context' or 'paper'"):
+        SparseAttnNet(1, 2, k=3, variant=variant)
