@@ -134,8 +134,11 @@ VARIANTS = {
     "no_distillation": {"distillation_weight": 0.0},
     "distillation_as_printed": {"distillation_emphasis": None},
     "focal": {"focal_gamma": 2.0},
-    **{f"k={share}%": fixed_k(share / 100) for share in (2, 5, 10, 15, 30, 100)},
-    "random_pixels_k=2%": changed(partial(choose_by, at_random), **fixed_k(0.02)),
+    **{f"k={share}%": fixed_k(share / 100) for share in (0.5, 1, 2, 5, 10, 15, 30, 100)},
+    **{
+        f"random_pixels_k={share}%": changed(partial(choose_by, at_random), **fixed_k(share / 100))
+        for share in (0.5, 1, 2)
+    },
     "k_init=0.2": {"k_init": 0.2},
     "k_init=1": {"k_init": 1.0},
     "k_update=batch": {"k_update": "batch"},

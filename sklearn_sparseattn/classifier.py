@@ -91,6 +91,8 @@ class SparseAttnClassifier(FittedNetwork):
         Let `fit` go on from the network, k and data range of the last fit instead of new ones.
     callbacks : list of skorch callbacks, default=None
         Further callbacks, or pairs (name, callback), used as they are; a DynamicK replaces the built-in one.
+    n_jobs : int, default=None
+        Threads to predict with; None is 1, -1 is all processors. The fit has those of PyTorch.
     device : str or torch.device, default="cpu"
         "cpu", "cuda", "cuda:1", "mps", or "auto" for what there is.
     random_state : int, RandomState instance or None, default=None
@@ -120,7 +122,7 @@ class SparseAttnClassifier(FittedNetwork):
         (unweighted), "k", "lr", "duration" in seconds and, with validation rows, "valid_loss" (focal) and
         "valid_score" (accuracy). ``pandas.DataFrame(clf.history_)`` is a table.
     network_ : SparseAttnNet
-        The fitted PyTorch module.
+        The fitted PyTorch module. What predicts was made from it: to change it changes no answers.
 
     See Also
     --------
@@ -180,6 +182,7 @@ class SparseAttnClassifier(FittedNetwork):
         "patience": _POSITIVE_INTEGER,
         "warm_start": ["boolean"],
         "callbacks": [list, tuple, None],
+        "n_jobs": [Integral, None],
         "device": [str, torch.device],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
@@ -219,6 +222,7 @@ class SparseAttnClassifier(FittedNetwork):
         patience=10,
         warm_start=False,
         callbacks=None,
+        n_jobs=None,
         device="cpu",
         random_state=None,
         verbose=0,
@@ -254,6 +258,7 @@ class SparseAttnClassifier(FittedNetwork):
         self.patience = patience
         self.warm_start = warm_start
         self.callbacks = callbacks
+        self.n_jobs = n_jobs
         self.device = device
         self.random_state = random_state
         self.verbose = verbose
@@ -296,7 +301,7 @@ class SparseAttnClassifier(FittedNetwork):
         rng, generator = make_generators(self.random_state)
         held_out = self._held_out_rows(X_val, y_val, scale)
         if held_out is None and self._needs_validation:
-            split = self._split(target, rng)
+            split = validation_split(target, self.validation_fraction, rng, required=self.early_stopping)
             if split is not None:
                 kept, held = split
                 held_out = label_images(images.take(held), target[held], weight[held], scale)
@@ -411,18 +416,6 @@ class SparseAttnClassifier(FittedNetwork):
         except ValueError as error:
             raise ValueError(f"X_val or y_val: {error}") from error
 
-    def _split(self, target, rng):
-        """Hold rows out for validation; if the classes do not allow it, say so where it was asked for."""
-        split = validation_split(target, self.validation_fraction, rng)
-        if split is None and self.early_stopping:
-            raise ValueError(
-                f"early_stopping=True needs validation rows, but validation_fraction="
-                f"{self.validation_fraction} of {len(target)} rows in {len(self.classes_)} classes leaves "
-                "too few: every class needs two rows, and both parts as many rows as there are classes. "
-                "Give X_val and y_val, or early_stopping=False."
-            )
-        return split
-
     def _network_to_train(self, fresh: bool, generator: torch.Generator) -> SparseAttnNet:
         if not fresh:
             return copy.deepcopy(self.network_)  # should the fit fail, the old one is still there
@@ -448,3 +441,4 @@ class SparseAttnClassifier(FittedNetwork):
         self.k_ = network.n_chosen(self._n_pixels)
         self.history_ = result.history if fresh else join_histories(self.history_, result.history)
         self.n_iter_ = len(self.history_["epoch"])
+        self._make_ready()

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from joblib import effective_n_jobs
 from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import Bunch
 from sklearn.utils.validation import check_is_fitted
 
 from .images import ImageRows, PixelScale, validate_images, warn_of_other_range
-from .inference import attention_maps, evaluate, fused_features, probabilities, resolve_device
+from .inference import Engine, attention_maps, fused_features, probabilities, resolve_device, run
 from .network import SparseAttnOutput
 
 
@@ -51,7 +52,7 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
     """A fitted network; a subclass fits it and sets the attributes read here.
 
     These are ``network_``, ``classes_``, ``image_shape_``, ``n_features_in_``, ``data_range_``, ``k_`` and
-    the parameter ``device``.
+    the parameters ``device`` and ``n_jobs``. Then the subclass calls `_make_ready`.
     """
 
     def predict_proba(self, X):
@@ -75,7 +76,7 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
             If X does not fit the training images.
         """
         images = self._check_images(X)
-        return probabilities(self._evaluate(images), len(images), len(self.classes_))
+        return probabilities(self._run(images), len(images), len(self.classes_))
 
     def predict(self, X):
         """Most probable class.
@@ -125,7 +126,7 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
         .. [1] Yoshai et al., arXiv 2505.07661 (2025).
         """
         images = self._check_images(X)
-        return fused_features(self._evaluate(images), len(images), self._n_features_out, images.float_dtype)
+        return fused_features(self._run(images), len(images), self._n_features_out, images.float_dtype)
 
     def attention_maps(self, X):
         """Show where each answer came from.
@@ -158,7 +159,7 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
         """
         images = self._check_images(X)
         maps = attention_maps(
-            self._evaluate(images), len(images), self.image_shape_, self.k_, images.float_dtype
+            self._run(images, maps=True), len(images), self.image_shape_, self.k_, images.float_dtype
         )
         return Bunch(**maps)
 
@@ -173,11 +174,17 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
         warn_of_other_range(images, self.data_range_)
         return images
 
-    def _evaluate(self, images: ImageRows) -> Iterator[tuple[slice, SparseAttnOutput]]:
-        return evaluate(self.network_, images, PixelScale(self.data_range_))
+    def _run(self, images: ImageRows, *, maps: bool = False) -> Iterator[tuple[slice, SparseAttnOutput]]:
+        scale, n_threads = PixelScale(self.data_range_), effective_n_jobs(self.n_jobs)
+        return run(self._engine, self.network_, images, scale, maps=maps, n_threads=n_threads)
+
+    def _make_ready(self) -> None:
+        """Prepare the network to be run; what happens to its weights later does not count."""
+        self._engine = Engine.of(self.network_, self.image_shape_, PixelScale(self.data_range_))
 
     def __getstate__(self):
         state = dict(super().__getstate__())
+        state.pop("_engine", None)
         network = state.get("network_")
         if network is not None and next(network.parameters()).device.type != "cpu":
             state["network_"] = copy.deepcopy(network).cpu()
@@ -197,6 +204,7 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
             )
             device = torch.device("cpu")
         self.network_.to(device)
+        self._make_ready()
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

@@ -650,6 +650,7 @@ BAD_PARAMETERS = {
     "patience": [0],
     "warm_start": [None],
     "callbacks": [7],
+    "n_jobs": [1.5, "all"],
     "device": ["gpu", "cuda:97", 3],
     "random_state": [-1, "seed"],
     "verbose": [-1],

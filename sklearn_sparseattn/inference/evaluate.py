@@ -1,21 +1,26 @@
-"""Run a fitted network over images, a few at a time.
+"""Run a fitted network over images, a few at a time: by the engine if there is one, else by PyTorch.
 
-Float64 throughout: what else is in the call changes an image's result by less than 1e-9, where in float32 it
-could change which of two nearly equal pixels is chosen.
+PyTorch computes in float64: what else is in the call then changes an image's result by less than 1e-9, where
+in float32 it could change which of two nearly equal pixels is chosen. The engine runs each image by itself.
 """
 
 import copy
-from collections.abc import Iterator
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 from ..images import ImageRows, PixelScale, chunk_slices
 from ..network import SparseAttnNet, SparseAttnOutput
+from .engine import Engine
+
+Pass = tuple[slice, SparseAttnOutput]
 
 
-def evaluate(
-    network: SparseAttnNet, images: ImageRows, scale: PixelScale
-) -> Iterator[tuple[slice, SparseAttnOutput]]:
+def evaluate(network: SparseAttnNet, images: ImageRows, scale: PixelScale) -> Iterator[Pass]:
     """Pass images through the network, in chunks of bounded memory.
 
     Parameters
@@ -48,3 +53,81 @@ def evaluate(
         with torch.inference_mode():
             output = SparseAttnOutput(*(part.cpu() for part in exact(batch)))
         yield rows, output
+
+
+def run(
+    engine: Engine | None,
+    network: SparseAttnNet,
+    images: ImageRows,
+    scale: PixelScale,
+    *,
+    maps: bool = False,
+    n_threads: int = 1,
+) -> Iterator[Pass]:
+    """Pass images through the engine, or where there is none through the network.
+
+    Parameters
+    ----------
+    engine : Engine or None
+        Of the same network.
+    network : SparseAttnNet
+        Fitted; it also runs the images whose numbers overflow in the engine's float32.
+    images : ImageRows
+        Validated.
+    scale : PixelScale
+        The map learned in the fit.
+    maps : bool, default=False
+        Whether scores, pixels, attention and contribution are wanted; without an engine they always come.
+    n_threads : int, default=1
+        Of the engine.
+
+    Yields
+    ------
+    rows : slice
+        Which images, in order.
+    output : SparseAttnOutput
+        Their results on the CPU; those that are not wanted are empty.
+
+    Raises
+    ------
+    ValueError
+        If values of X are so far outside the range of the fit that they overflow when scaled.
+    """
+    if engine is None:
+        yield from evaluate(network, images, scale)
+        return
+
+    def run_some(rows: slice) -> Pass:
+        found = engine.run(images.read(rows), maps=maps)
+        failed = found.pop("failed")
+        for i in np.flatnonzero(failed):
+            found = {
+                name: part.astype(np.promote_types(part.dtype, np.float64)) for name, part in found.items()
+            }
+            [(_, exact)] = evaluate(network, images.take(np.array([rows.start + i])), scale)
+            for name, part in found.items():
+                part[i] = getattr(exact, name)[0].flatten()
+        shapes = {"scores": (-1, *images.image_shape[:2])} if maps else {}
+        parts = {
+            name: torch.from_numpy(part.reshape(shapes.get(name, part.shape))) for name, part in found.items()
+        }
+        empty = torch.empty(0)
+        return rows, SparseAttnOutput(*(parts.get(name, empty) for name in SparseAttnOutput._fields))
+
+    # Enough pieces for all threads to end at about the same time; an image's result does not depend on them.
+    n_pieces = 1 if n_threads == 1 else 4 * n_threads
+    most = -(-len(images) // n_pieces) * math.prod(images.image_shape)
+    pieces = chunk_slices(len(images), images.image_shape, min(2**19, most))
+    yield from map(run_some, pieces) if n_threads == 1 else _in_threads(run_some, pieces, n_threads)
+
+
+def _in_threads(function: Callable[[slice], Pass], pieces: Iterator[slice], n_threads: int) -> Iterator[Pass]:
+    """As `map`, but ahead by two pieces a thread: memory stays bounded."""
+    with ThreadPoolExecutor(n_threads) as pool:
+        waiting: deque[Future[Pass]] = deque()
+        for piece in pieces:
+            waiting.append(pool.submit(function, piece))
+            if len(waiting) > 2 * n_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -29,7 +29,7 @@ def probabilities(passes: Passes, n_images: int, n_classes: int) -> npt.NDArray[
     """
     result = np.empty((n_images, n_classes))
     for rows, output in passes:
-        result[rows] = softmax(output.logits.numpy(), axis=1)
+        result[rows] = softmax(output.logits.double().numpy(), axis=1)
     return result
 
 
@@ -87,13 +87,16 @@ def attention_maps(
     pixels = np.empty((n_images, k), dtype=np.int64)
     for rows, output in passes:
         scores = output.scores.flatten(1)
-        chosen = output.pixels.numpy()
-        coarse[rows] = scores.sigmoid().numpy()
-        np.put_along_axis(fine[rows], chosen, output.attention.numpy().astype(dtype), axis=1)
-        np.put_along_axis(contribution[rows], chosen, output.contribution.numpy().astype(dtype), axis=1)
+        chosen = output.pixels.long()
+        # In float32 high attention rounds to 1.
+        coarse[rows] = (scores.double() if dtype == np.float64 else scores).sigmoid().numpy()
+        np.put_along_axis(fine[rows], chosen.numpy(), output.attention.numpy().astype(dtype), axis=1)
+        np.put_along_axis(
+            contribution[rows], chosen.numpy(), output.contribution.numpy().astype(dtype), axis=1
+        )
         # The network keeps its pixels in ascending order, so that a stable sort puts ties by index.
-        order = scores.gather(1, output.pixels).argsort(dim=1, descending=True, stable=True)
-        pixels[rows] = output.pixels.gather(1, order).numpy()
+        order = scores.gather(1, chosen).argsort(dim=1, descending=True, stable=True)
+        pixels[rows] = chosen.gather(1, order).numpy()
     shape = (n_images, height, width)
     return {
         "coarse": coarse.reshape(shape),

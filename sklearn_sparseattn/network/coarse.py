@@ -4,7 +4,9 @@ A small convolutional network works at reduced resolution, scores every pixel at
 pools its features. It knows nothing of pixels chosen, tokens or classes.
 """
 
+import itertools
 import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -30,13 +32,13 @@ class CoarseLook(NamedTuple):
         Coarse attention before the sigmoid.
     z_coarse : Tensor of shape (B, n_features)
         Pooled features.
-    maps : tuple of three Tensor (B, channels, h, w)
+    maps : tuple of Tensor (B, channels, h, w)
         Features after each stage.
     """
 
     scores: Tensor
     z_coarse: Tensor
-    maps: tuple[Tensor, Tensor, Tensor]
+    maps: tuple[Tensor, ...]
 
 
 class CoarseAttention(nn.Module):
@@ -49,23 +51,22 @@ class CoarseAttention(nn.Module):
     ----------
     in_channels : int, default=1
         Channels of the image, C.
-    channels : tuple of three int, default=(8, 16, 24)
-        Feature channels of the three stages.
-    strides : tuple of three int, default=(2, 2, 2)
-        Step of each stage. `strides_for` has those that suit an image size.
-    pool : {"middle", "deep"}, default="deep"
-        The stage whose features are pooled.
+    channels : tuple of two or three int, default=(8, 16, 24)
+        Feature channels of the stages: early, middle and, if there are three, deep.
+    strides : tuple of int, default=(2, 2, 2)
+        Step of each stage; what is there beyond the stages is not looked at. `strides_for` has those that
+        suit an image size.
 
     Raises
     ------
     ValueError
-        If `pool` is neither.
+        If there are not two or three stages, or fewer strides than stages.
 
     Attributes
     ----------
     n_features : int
-        Length F of the pooled features: the mean and the maximum of each channel of the pooled stage.
-    steps : tuple of three int
+        Length F of the pooled features: the mean and the maximum of each channel of the last stage.
+    steps : tuple of int
         Pixels from one cell of each stage's map to the next. Cell (i, j) lies over pixel (i, j) * step.
 
     Notes
@@ -90,23 +91,25 @@ class CoarseAttention(nn.Module):
     def __init__(
         self,
         in_channels: int = 1,
-        channels: tuple[int, int, int] = (8, 16, 24),
-        strides: tuple[int, int, int] = (2, 2, 2),
-        pool: str = "deep",
+        channels: tuple[int, ...] = (8, 16, 24),
+        strides: tuple[int, ...] = (2, 2, 2),
     ) -> None:
         super().__init__()
-        if pool not in ("middle", "deep"):
-            raise ValueError(f"pool={pool!r} must be 'middle' or 'deep'.")
+        if not 2 <= len(channels) <= min(3, len(strides)):
+            raise ValueError(
+                f"channels={channels}, strides={strides} must be two or three stages, each with its stride."
+            )
         self.early = _convolution(in_channels, channels[0], strides[0])
         self.middle = _convolution(channels[0], channels[1], strides[1])
         self.score = nn.Conv2d(channels[1], 1, 1)
-        self.deep = nn.Sequential(
-            _convolution(channels[1], channels[2], strides[2]),
-            _convolution(channels[2], channels[2]),
-        )
-        self.steps = strides[0], strides[0] * strides[1], strides[0] * strides[1] * strides[2]
-        self.pool = pool
-        self.n_features = 2 * channels[2 if pool == "deep" else 1]
+        self.deep = None
+        if len(channels) == 3:
+            self.deep = nn.Sequential(
+                _convolution(channels[1], channels[2], strides[2]),
+                _convolution(channels[2], channels[2]),
+            )
+        self.steps = tuple(itertools.accumulate(strides[: len(channels)], operator.mul))
+        self.n_features = 2 * channels[-1]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Score the pixels and pool the features.
@@ -140,12 +143,12 @@ class CoarseAttention(nn.Module):
         """
         early = self.early(images)
         middle = self.middle(early)
-        deep = self.deep(middle)
+        maps = (early, middle) if self.deep is None else (early, middle, self.deep(middle))
         height, width = images.shape[-2:]
         scores = _between_cells(self.score(middle), self.steps[1])[:, 0, :height, :width]
-        pooled = (deep if self.pool == "deep" else middle).flatten(2)
+        pooled = maps[-1].flatten(2)
         z_coarse = torch.cat([pooled.mean(-1), pooled.amax(-1)], dim=1)
-        return CoarseLook(scores, z_coarse, (early, middle, deep))
+        return CoarseLook(scores, z_coarse, maps)
 
 
 def _between_cells(cells: Tensor, step: int) -> Tensor:
@@ -158,9 +161,9 @@ def _between_cells(cells: Tensor, step: int) -> Tensor:
 
 
 def strides_for(height: int, width: int) -> tuple[int, int, int]:
-    """Strides for an image size: 8 in all from 32 pixels on, less for small images.
+    """Strides for an image size: 2 a stage from 32 pixels on, less for small images.
 
-    About 4 cells remain along the longer side.
+    After three stages about 4 cells or more remain along the longer side.
 
     Parameters
     ----------

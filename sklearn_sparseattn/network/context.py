@@ -1,15 +1,17 @@
 """What the coarse network saw around a chosen pixel, for the token of that pixel."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class TokenContext(nn.Module):
-    """Coarse features at the chosen pixels, projected to the width of a token.
+    """3x3 convolutions of coarse features, at the cells of the chosen pixels and nowhere else.
 
-    Each stage of the coarse network has a map; a pixel takes the features of the cell nearest to it.
-    Projected before they are taken, the features cost as much as there are cells, not pixels.
+    Each stage of the coarse network has a map; a pixel belongs to the cell nearest to it. Cells to which no
+    chosen pixel belongs are not convolved, so that the multiply-adds follow k, not the size of the image.
 
     Parameters
     ----------
@@ -24,10 +26,10 @@ class TokenContext(nn.Module):
     def __init__(self, channels: tuple[int, ...], steps: tuple[int, ...], embed_dim: int) -> None:
         super().__init__()
         self.steps = steps
-        self.project = nn.ModuleList(nn.Conv2d(n, embed_dim, 1, bias=False) for n in channels)
+        self.convolve = nn.ModuleList(nn.Conv2d(n, embed_dim, 3, padding=1, bias=False) for n in channels)
 
     def forward(self, maps: tuple[Tensor, ...], pixels: Tensor, width: int) -> Tensor:
-        """Take the features at some pixels.
+        """Convolve around some pixels.
 
         Parameters
         ----------
@@ -41,18 +43,34 @@ class TokenContext(nn.Module):
         Returns
         -------
         context : Tensor of shape (B, k, D)
-            Sum of the projections.
+            Sum over the maps.
         """
         row = pixels.div(width, rounding_mode="floor")
         column = pixels - row * width
         context = torch.zeros((), dtype=maps[0].dtype, device=maps[0].device)
-        for cells, step, project in zip(maps, self.steps, self.project, strict=True):
-            n_images, _, n_rows, n_columns = cells.shape
+        for cells, step, convolve in zip(maps, self.steps, self.convolve, strict=True):
+            n_rows, n_columns = cells.shape[-2:]
             i = ((row + step // 2) // step).clamp(max=n_rows - 1)
             j = ((column + step // 2) // step).clamp(max=n_columns - 1)
-            image = torch.arange(n_images, device=pixels.device).unsqueeze(1)
-            # A cell's features side by side: as rows, they are copied, and their gradients added, whole.
-            # Those of plain indexing are added in an order that differs from run to run with several threads.
-            rows = project(cells).permute(0, 2, 3, 1).flatten(0, 2)
-            context = context + F.embedding((image * n_rows + i) * n_columns + j, rows)
+            context = context + _convolve_at(cells, i, j, cast(nn.Conv2d, convolve).weight)
         return context
+
+
+def _convolve_at(cells: Tensor, i: Tensor, j: Tensor, weight: Tensor) -> Tensor:
+    """3x3 convolution, zeros around, of maps (B, n, h, w) at cells (i, j), each (B, k) -> (B, k, D)."""
+    n_images, n_channels, n_rows, n_columns = cells.shape
+    # A cell's features side by side, in a frame of zeros: cells and their neighbours are rows of a table, and
+    # are taken by `embedding`: the gradients of plain indexing are added in an order that differs from run to
+    # run with several threads.
+    height, width = n_rows + 2, n_columns + 2
+    table = F.pad(cells, (1, 1, 1, 1)).permute(0, 2, 3, 1).reshape(-1, n_channels)
+    image = torch.arange(n_images, device=i.device).unsqueeze(1)
+    at = (image * height + i + 1) * width + j + 1
+    is_wanted = torch.zeros(len(table), dtype=torch.bool, device=i.device).index_fill_(0, at.flatten(), True)
+    around = torch.tensor(
+        [width * down + right for down in (-1, 0, 1) for right in (-1, 0, 1)], device=i.device
+    )
+    wanted = is_wanted.nonzero()
+    patches = F.embedding(wanted + around, table).flatten(1)
+    convolved = patches @ weight.permute(2, 3, 1, 0).flatten(0, 2)
+    return F.embedding(is_wanted.cumsum(0)[at] - 1, convolved)

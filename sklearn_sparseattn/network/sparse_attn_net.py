@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class SparseAttnNet(nn.Module):
     hidden_dim : int, default=128
         Hidden width of the classifier.
     strides : tuple of three int, default=(2, 2, 2)
-        Of the coarse network, see `CoarseAttention`.
+        Of the stages of the coarse network, of which there are two with ``variant="context"``.
     normalize_fine : bool, default=True
         Layer norm on z_fine before the fusion: the two halves of f come at the same scale. The paper does
         not mention one.
@@ -75,21 +75,24 @@ class SparseAttnNet(nn.Module):
     ----------
     k : Tensor, float64 scalar on the CPU
         A buffer, so that it is saved and restored with the weights; `DynamicK` moves it.
+    form : dict
+        The other arguments it was made with.
 
     Notes
     -----
     In the paper a token knows the position and the values of its pixel j,
-    :math:`E_j = W_2\, \mathrm{relu}(W_1 (x, y, v)_j + b_1) + b_2`, and the deepest coarse features, pooled
-    over the whole image, go straight to the answer: that can do without the tokens, and does. With
-    ``variant="context"`` these features reach the answer only through the chosen pixels. With
-    :math:`c_{sj}` the features of coarse stage s at pixel j and :math:`a_j` its score,
+    :math:`E_j = W_2\, \mathrm{relu}(W_1 (x, y, v)_j + b_1) + b_2`, and deep coarse features, pooled over the
+    whole image, go straight to the answer: that can do without the tokens, and does. With
+    ``variant="context"`` the coarse network ends after two stages, the second is pooled, and the next
+    convolution is made where pixels were chosen, nowhere else. With :math:`(U_s * c_s)_j` a 3x3 convolution
+    of the features of stage s at the cell of pixel j, and :math:`a_j` the pixel's score,
 
     .. math::
         E_j = W_2 \left[\sigma(a_j)\, \mathrm{relu}\Big(W_1 (x, y, v)_j + b_1
-        + \textstyle\sum_s U_s c_{sj}\Big)\right] + b_2 ,
+        + \textstyle\sum_s (U_s * c_s)_j\Big)\right] + b_2 .
 
-    and z_coarse is pooled from the middle stage. The factor :math:`\sigma(a_j)` lets the loss of the answer
-    teach the scores; in the paper the distillation alone does.
+    The factor :math:`\sigma(a_j)` lets the loss of the answer teach the scores; in the paper the distillation
+    alone does.
 
     References
     ----------
@@ -124,11 +127,19 @@ class SparseAttnNet(nn.Module):
         super().__init__()
         if variant not in ("context", "paper"):
             raise ValueError(f"variant={variant!r} must be 'context' or 'paper'.")
-        channels = (8, 16, 24)
-        with_context = variant == "context"
-        pool = "middle" if with_context else "deep"
-        self.coarse = CoarseAttention(n_channels, channels, strides, pool)
-        self.context = TokenContext(channels, self.coarse.steps, embed_dim) if with_context else None
+        self.form: dict[str, Any] = {
+            "n_channels": n_channels,
+            "n_classes": n_classes,
+            "embed_dim": embed_dim,
+            "n_heads": n_heads,
+            "hidden_dim": hidden_dim,
+            "strides": strides,
+            "normalize_fine": normalize_fine,
+            "variant": variant,
+        }
+        channels = (8, 16) if variant == "context" else (8, 16, 24)
+        self.coarse = CoarseAttention(n_channels, channels, strides)
+        self.context = TokenContext(channels, self.coarse.steps, embed_dim) if variant == "context" else None
         self.embedding = PixelEmbedding(n_channels, embed_dim)
         self.fine = FineAttention(embed_dim, n_heads)
         self.fine_norm = nn.LayerNorm(embed_dim) if normalize_fine else nn.Identity()

@@ -13,6 +13,7 @@ from torch import nn
 from sklearn_sparseattn.network import CoarseAttention, strides_for
 
 STRIDES = [(2, 2, 2), (1, 2, 2), (1, 1, 2), (1, 1, 1), (2, 1, 1)]
+CHANNELS = [(3, 4), (3, 4, 5)]
 
 
 def make_coarse(n_channels, strides, seed=0, **options):
@@ -63,31 +64,32 @@ def along(position, n_cells, step):
     return weights
 
 
-def reference(coarse, image, strides, pool):
-    """Scores (H, W), z_coarse and the three maps of one image (C, H, W)."""
+def reference(coarse, image, strides, n_stages):
+    """Scores (H, W), z_coarse and the maps of one image (C, H, W)."""
     _, height, width = image.shape
     early = stage(image, coarse.early)
     middle = stage(early, coarse.middle)
-    deep = stage(stage(middle, coarse.deep[0]), coarse.deep[1])
+    maps = [early, middle]
+    if n_stages == 3:
+        maps.append(stage(stage(middle, coarse.deep[0]), coarse.deep[1]))
     cells = convolution(middle, coarse.score)[0]
     step = strides[0] * strides[1]
     scores = np.empty((height, width))
     for i, j in itertools.product(range(height), range(width)):
         scores[i, j] = along(i, len(cells), step) @ cells @ along(j, len(cells[0]), step)
-    pooled = {"middle": middle, "deep": deep}[pool]
-    return scores, np.concatenate([pooled.mean((1, 2)), pooled.max((1, 2))]), (early, middle, deep)
+    return scores, np.concatenate([maps[-1].mean((1, 2)), maps[-1].max((1, 2))]), maps
 
 
-@pytest.mark.parametrize("pool", ["middle", "deep"])
+@pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 9), (16, 13), (2, 11)])
-def test_forward_pass_is_the_reference(strides, height, width, pool):
+def test_forward_pass_is_the_reference(strides, height, width, channels):
     n_channels = 1 + height % 3
-    coarse = make_coarse(n_channels, strides, channels=(3, 4, 5), pool=pool)
+    coarse = make_coarse(n_channels, strides, channels=channels)
     images = np.random.default_rng(1).normal(size=(2, n_channels, height, width))
     look = coarse.look(torch.from_numpy(images))
     for b in range(2):
-        scores, z_coarse, maps = reference(coarse, images[b], strides, pool)
+        scores, z_coarse, maps = reference(coarse, images[b], strides, len(channels))
         np.testing.assert_allclose(array(look.scores[b]), scores, rtol=1e-10, atol=1e-10)
         np.testing.assert_allclose(array(look.z_coarse[b]), z_coarse, rtol=1e-10, atol=1e-10)
         for found, expected in zip(look.maps, maps, strict=True):
@@ -97,10 +99,11 @@ def test_forward_pass_is_the_reference(strides, height, width, pool):
     assert torch.equal(z_coarse, look.z_coarse)
 
 
+@pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("strides", STRIDES)
-def test_cells_lie_over_every_step_th_pixel(strides):
-    coarse = make_coarse(1, strides)
-    assert coarse.steps == tuple(np.cumprod(strides))
+def test_cells_lie_over_every_step_th_pixel(strides, channels):
+    coarse = make_coarse(1, strides, channels=channels)
+    assert coarse.steps == tuple(np.cumprod(strides))[: len(channels)]
     images = torch.randn(1, 1, 30, 23, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     look = coarse.look(images)
     for step, cells in zip(coarse.steps, look.maps, strict=True):
@@ -116,16 +119,16 @@ def test_cells_lie_over_every_step_th_pixel(strides):
     n_channels=st.integers(1, 6),
     strides=st.sampled_from(STRIDES),
     training=st.booleans(),
-    pool=st.sampled_from(["middle", "deep"]),
+    channels=st.sampled_from(CHANNELS),
 )
-@example(height=1, width=300, n_channels=1, strides=(2, 2, 2), training=True, pool="middle")
-@example(height=135, width=135, n_channels=1, strides=(2, 2, 2), training=True, pool="deep")
-@example(height=1, width=1, n_channels=5, strides=(2, 2, 2), training=True, pool="middle")
-def test_any_image_size_and_channels(height, width, n_channels, strides, training, pool):
-    coarse = CoarseAttention(n_channels, strides=strides, pool=pool).train(training)
+@example(height=1, width=300, n_channels=1, strides=(2, 2, 2), training=True, channels=(3, 4))
+@example(height=135, width=135, n_channels=1, strides=(2, 2, 2), training=True, channels=(3, 4, 5))
+@example(height=1, width=1, n_channels=5, strides=(2, 2, 2), training=True, channels=(3, 4))
+def test_any_image_size_and_channels(height, width, n_channels, strides, training, channels):
+    coarse = CoarseAttention(n_channels, channels, strides).train(training)
     scores, z_coarse = coarse(torch.rand(2, n_channels, height, width))
     assert scores.shape == (2, height, width)
-    assert z_coarse.shape == (2, coarse.n_features) == (2, 48 if pool == "deep" else 32)
+    assert z_coarse.shape == (2, coarse.n_features) == (2, 2 * channels[-1])
     assert torch.isfinite(scores).all()
     assert torch.isfinite(z_coarse).all()
 
@@ -195,16 +198,29 @@ def test_a_bright_pixel_raises_the_scores_around_itself(strides):
     assert raised.argmax() == i * raised.shape[1] + j
 
 
-@pytest.mark.parametrize("pool", ["middle", "deep"])
-def test_gradient_reaches_every_parameter(pool):
-    coarse = make_coarse(2, (2, 2, 2), pool=pool).train()
-    scores, z_coarse, maps = coarse.look(torch.randn(4, 2, 20, 21, dtype=torch.float64))
-    seen = {"middle": ("early", "middle", "score"), "deep": ("early", "middle", "score", "deep")}[pool]
-    (scores.square().sum() + z_coarse.square().sum()).backward(retain_graph=True)
-    without = {name.split(".")[0] for name, p in coarse.named_parameters() if p.grad is None}
-    assert without == {"early", "middle", "score", "deep"} - set(seen)
-    maps[2].square().sum().backward()
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_gradient_reaches_every_parameter(channels):
+    coarse = make_coarse(2, (2, 2, 2), channels=channels).train()
+    generator = torch.Generator().manual_seed(0)
+    scores, z_coarse = coarse(torch.randn(4, 2, 20, 21, dtype=torch.float64, generator=generator))
+    (scores.square().sum() + z_coarse.square().sum()).backward()
     assert all(p.grad is not None and p.grad.any() for p in coarse.parameters())
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+def test_two_stages_are_the_first_two_of_three(strides):
+    """Same weights, same scores and maps; nothing is left of the third, and its stride may be left out."""
+    three = make_coarse(2, strides, channels=(3, 4, 5))
+    two = make_coarse(2, strides[:2], channels=(3, 4), seed=1)
+    names = {name.split(".")[0] for name in two.state_dict()}
+    assert names == {"early", "middle", "score"}
+    assert {name.split(".")[0] for name in three.state_dict()} == names | {"deep"}
+    two.load_state_dict({name: w for name, w in three.state_dict().items() if not name.startswith("deep")})
+    images = torch.randn(2, 2, 20, 21, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    short, full = two.look(images), three.look(images)
+    assert torch.equal(short.scores, full.scores)
+    assert len(short.maps) == 2
+    assert all(torch.equal(a, b) for a, b in zip(short.maps, full.maps[:2], strict=True))
 
 
 def test_scores_are_before_the_sigmoid():
@@ -232,6 +248,9 @@ def test_strides_follow_the_longer_side(size, expected):
     assert strides_for(*size) == strides_for(*size[::-1]) == expected
 
 
-def test_unknown_pool_is_named():
-    with pytest.raises(ValueError, match="pool='early' must be 'middle' or 'deep'"):
-        CoarseAttention(1, pool="early")
+@pytest.mark.parametrize(
+    ("channels", "strides"), [((8,), (2, 2, 2)), ((8, 16, 24, 32), (2, 2, 2, 2)), ((8, 16, 24), (2, 2))]
+)
+def test_stages_of_no_network(channels, strides):
+    with pytest.raises(ValueError, match="must be two or three stages, each with its stride"):
+        CoarseAttention(1, channels, strides)

@@ -65,19 +65,20 @@ class Reference:
         _, height, width = image.shape
         early = self.stage(np.moveaxis(image, 0, -1), "coarse.early", self.strides[0])
         middle = self.stage(early, "coarse.middle", self.strides[1])
-        deep = self.stage(middle, "coarse.deep.0", self.strides[2])
-        deep = self.stage(deep, "coarse.deep.1")
+        stages = [early, middle]
+        if not self.with_context:
+            deep = self.stage(middle, "coarse.deep.0", self.strides[2])
+            stages.append(self.stage(deep, "coarse.deep.1"))
         cells = middle @ self.w["coarse.score.weight"][0, :, 0, 0] + self.w["coarse.score.bias"]
         steps = np.cumprod(self.strides)
         across = [np.interp(np.arange(width), np.arange(len(row)) * steps[1], row) for row in cells]
         below = np.arange(len(cells)) * steps[1]
         scores = np.stack([np.interp(np.arange(height), below, c) for c in np.transpose(across)], axis=1)
-        pooled = middle if self.with_context else deep
-        z_coarse = np.concatenate([pooled.mean((0, 1)), pooled.max((0, 1))])
-        return scores, z_coarse, list(zip((early, middle, deep), steps, strict=True))
+        z_coarse = np.concatenate([stages[-1].mean((0, 1)), stages[-1].max((0, 1))])
+        return scores, z_coarse, list(zip(stages, steps, strict=False))
 
     def embed(self, image, pixels, scores, maps):
-        """E = W2 [gate * relu(W1 p + b1 + sum_s U_s c_s)] + b2, without gate and sum in the paper."""
+        """E = W2 [gate * relu(W1 p + b1 + sum_s U_s * c_s)] + b2, without gate and sum in the paper."""
         n_channels, height, width = image.shape
         i, j = np.divmod(pixels, width)
         place = [(2 * j + 1) / width - 1, (2 * i + 1) / height - 1]
@@ -89,7 +90,10 @@ class Reference:
             for s, (cells, step) in enumerate(maps):
                 row = np.minimum(np.floor(i / step + 0.5).astype(int), len(cells) - 1)
                 column = np.minimum(np.floor(j / step + 0.5).astype(int), len(cells[0]) - 1)
-                hidden += cells[row, column] @ self.w[f"context.project.{s}.weight"][:, :, 0, 0].T
+                framed = np.pad(cells, ((1, 1), (1, 1), (0, 0)))
+                for p, q in np.ndindex(3, 3):
+                    kernel = self.w[f"context.convolve.{s}.weight"][:, :, p, q]
+                    hidden += framed[row + p, column + q] @ kernel.T
         return (gate * np.maximum(hidden, 0)) @ self.w["embedding.out.weight"].T + self.w[
             "embedding.out.bias"
         ]
@@ -245,25 +249,47 @@ def test_pixels_not_chosen_matter_through_the_coarse_net_only(variant):
     assert moved.tolist() == [False, True, False]
 
 
-def test_deep_features_reach_the_answer_only_through_the_chosen_pixels():
-    """With context: where no chosen pixel has its nearest cell, the deepest map may hold anything."""
+def test_maps_reach_the_tokens_only_around_the_chosen_pixels():
+    """Scores and pooled features as they are: beyond the 3 x 3 cells around, maps may hold anything."""
     net = make_net(k=5)
     images = random_images(2, 1, 40, 40)
     before = net(images)
     look = net.coarse.look(images)
-    row, column = before.pixels // 40, before.pixels % 40
-    cells = ((row + 4) // 8).clamp(max=4) * 5 + ((column + 4) // 8).clamp(max=4)
-    taken = torch.zeros(2, 25, dtype=torch.bool).scatter_(1, cells, True).view(2, 1, 5, 5)
-    assert not taken.all()
+    maps = [cells.detach().requires_grad_() for cells in look.maps]
+    assert [cells.shape[1:] for cells in maps] == [(8, 20, 20), (16, 10, 10)]
 
-    def with_deep(deep):
+    def answer(*maps):
         fixed = copy.deepcopy(net)
-        fixed.coarse = FixedCoarse(look._replace(maps=(*look.maps[:2], deep)))
+        fixed.coarse = FixedCoarse(look._replace(maps=maps))
         return fixed(images).logits
 
-    deep = look.maps[2]
-    assert torch.equal(with_deep(torch.where(taken, deep, deep + 7)), before.logits)
-    assert (with_deep(torch.where(taken, deep + 7, deep)) != before.logits).any(1).all()
+    seen = []
+    for cells, step in zip(maps, (2, 4), strict=True):
+        near = torch.zeros(2, 1, *cells.shape[2:], dtype=torch.bool)
+        for b, pixel in zip(np.repeat([0, 1], 5), before.pixels.flatten(), strict=True):
+            i, j = (min((int(at) + step // 2) // step, cells.shape[2] - 1) for at in divmod(int(pixel), 40))
+            near[b, 0, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2] = True
+        assert not near.all()
+        seen.append(near)
+    off = [torch.where(near, cells, torch.nan) for near, cells in zip(seen, maps, strict=True)]
+    assert torch.equal(answer(*off), before.logits)
+    gradients = torch.autograd.grad(answer(*maps).square().sum(), maps)
+    for s, (near, gradient) in enumerate(zip(seen, gradients, strict=True)):
+        assert gradient.any()
+        assert not gradient[~near.expand_as(gradient)].any()
+        on = list(maps)
+        on[s] = torch.where(near, maps[s] + 7, maps[s])
+        assert (answer(*on) != before.logits).any(1).all()
+
+
+@pytest.mark.parametrize(("variant", "stages"), [("context", 2), ("paper", 3)])
+def test_stages_and_context_of_each_variant(variant, stages):
+    """No weight is kept that a variant does not use."""
+    net = make_net(variant=variant)
+    assert len(net.coarse.look(random_images(1, 1, 20, 20)).maps) == stages
+    parts = {".".join(name.split(".")[: 1 + name.startswith("coarse")]) for name, _ in net.named_parameters()}
+    both = {"coarse.early", "coarse.middle", "coarse.score", "embedding", "fine", "fine_norm", "fusion"}
+    assert parts == both | ({"context"} if variant == "context" else {"coarse.deep"})
 
 
 def test_layer_norm_of_z_fine_is_a_named_choice():
@@ -427,14 +453,15 @@ def test_parameters_stay_in_the_budget(default_net):
 
 def test_multiply_adds_stay_in_the_budget(default_net):
     """Every convolution and matrix product of a pass, the fine attention's own among them."""
-    images = torch.rand(1, 1, 135, 135)
+    # With context the cost depends on how many cells the pixels share.
+    images = torch.rand(1, 1, 135, 135, generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter:
         assert default_net(images).pixels.shape == (1, 2146)
     total = counter.get_total_flops() / 2
     by_module = {name: sum(ops.values()) / 2 for name, ops in counter.get_flop_counts().items()}
     # What is called as functions, not as modules, must be in the count as well: keys, and the pooling.
-    parts = ["coarse.early", "coarse.middle", "coarse.score", "coarse.deep", "embedding.first", "fusion"]
-    parts += ["context"] if default_net.context is not None else []
+    parts = ["coarse.early", "coarse.middle", "coarse.score", "embedding.first", "fusion"]
+    parts += ["coarse.deep"] if default_net.context is None else ["context"]
     inside = sum(by_module[f"SparseAttnNet.{part}"] for part in parts)
     assert all(by_module[f"SparseAttnNet.{part}"] > 0 for part in parts)
     assert total - inside >= 2146 * (32 * 32 + 2 * 32 + 32)
@@ -442,12 +469,26 @@ def test_multiply_adds_stay_in_the_budget(default_net):
 
 
 def test_cost_of_the_fine_branch_is_linear_in_k(default_net):
+    """But for the context, whose cost is that of the cells the pixels belong to: at most linear."""
+    images = torch.rand(1, 1, 135, 135, generator=torch.Generator().manual_seed(0))
+
     def cost(k):
         net = copy.deepcopy(default_net)
         net.k.fill_(k)
         with FlopCounterMode(display=False) as counter:
-            net(torch.zeros(1, 1, 135, 135))
-        return counter.get_total_flops()
+            pixels = net(images).pixels[0].numpy()
+        total = counter.get_total_flops() / 2
+        if net.context is None:
+            return total
+        context = sum(counter.get_flop_counts()["SparseAttnNet.context"].values()) / 2
+        row, column = np.divmod(pixels, 135)
+        expected = 0
+        for n_features, step in ((8, 2), (16, 4)):
+            last = -(-135 // step) - 1
+            i, j = (np.minimum(np.floor(at / step + 0.5), last) for at in (row, column))
+            expected += len(set(zip(i, j, strict=True))) * 9 * n_features * 32
+        assert context == expected
+        return total - context
 
     assert cost(3000) - cost(2000) == cost(2000) - cost(1000) > 0
 

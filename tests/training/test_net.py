@@ -338,9 +338,9 @@ def test_random_state_that_is_none():
 @pytest.mark.parametrize(
     ("image_shape", "steps", "k"),
     [
-        ((135, 135, 1), (2, 4, 8), 8000),
-        ((20, 20, 3), (1, 2, 4), 8000 / 18225 * 400),
-        ((8, 9, 1), (1, 1, 2), 8000 / 18225 * 72),
+        ((135, 135, 1), (2, 4), 8000),
+        ((20, 20, 3), (1, 2), 8000 / 18225 * 400),
+        ((8, 9, 1), (1, 1), 8000 / 18225 * 72),
     ],
 )
 def test_new_network_suits_the_images(image_shape, steps, k):

@@ -1,0 +1,660 @@
+/* SparseAttnNet run on images, one image at a time: float32, in memory that does not grow with their number.
+
+   What is computed stands in network/; here is how, with all batch norms folded into the layers before them.
+   Plain C functions, called through ctypes with the interpreter lock released; the Python module in here is
+   empty. Nothing is kept between calls, so any number of threads may call.
+
+   Maps are (rows, columns, channels), framed by zeros: one cell, and on the right as many as a block of columns
+   may reach beyond. Channels are padded with zeros to a multiple of LANES. Weights are (inputs, padded outputs),
+   those of a 3x3 convolution (9, inputs, padded outputs). */
+
+#include <Python.h>
+
+#include <time.h>
+
+#include "../network/_lanes.h"
+
+#define N_STAGES 4   /* of the coarse network, at most: early, middle, deep, deeper */
+#define N_CONTEXT 2  /* those that tokens look at: early, middle */
+#define GROUP 3      /* cells convolved for tokens at a time */
+#define BLOCK 6      /* tokens whose keys are made at a time */
+#define RUN 60       /* tokens summed in float32 before they are added in float64 */
+#define BINS 1024    /* of scores, to find the k-th */
+#define FEW 24       /* scores that are rather sorted */
+
+/* ---- what engine.py fills in, with the same fields in the same order ---- */
+
+typedef struct {
+    int32_t n_inputs, n_outputs, stride; /* n_outputs padded */
+    const float *weight, *bias;
+} Stage;
+
+typedef struct {
+    int32_t height, width, n_channels, k;
+    int32_t n_embed, n_pooled, n_classes;           /* as they are */
+    int32_t embed_dim, key_dim, hidden_dim, n_logits; /* padded */
+    int32_t n_stages, has_context, normalizes;
+    int32_t shifts[N_CONTEXT]; /* a cell lies over every 2^shift-th pixel */
+    float key_epsilon, norm_epsilon;
+    Stage stages[N_STAGES];
+    const float *bytes;                            /* what the values of a uint8 image are scaled to */
+    const float *score;                            /* of the channels of the middle stage, then the bias */
+    const float *position;                         /* (2 + n_channels, embed_dim), then the bias */
+    const float *context[N_CONTEXT];               /* 3x3 convolutions to embed_dim */
+    const float *zeros;                            /* (embed_dim) */
+    const float *key, *key_bias;                   /* the embedding's last layer is folded in */
+    const float *cls_key, *query, *mean_key;       /* with epsilon; over heads; 1 / n_keys; 0 where padded */
+    const float *embed, *embed_bias, *cls, *value; /* the embedding's last layer, for the pooled tokens */
+    const float *norm_weight, *norm_bias;
+    const float *first, *first_bias, *residual, *residual_bias, *last, *last_bias;
+} Plan;
+
+enum { COARSE, SELECTION, TOKENS, HEAD, N_PARTS };
+
+/* Where the results of the first image go; those of the others follow. What is NULL is not wanted. */
+typedef struct {
+    float *logits, *features, *scores;
+    int32_t *pixels;
+    float *attention, *contribution;
+    int8_t *failed;  /* 1 where numbers overflowed, and the results mean nothing */
+    double *seconds; /* (N_PARTS), added to */
+} Results;
+
+/* ---- memory ---- */
+
+typedef struct {
+    int32_t rows, columns, channels;
+    size_t pitch;        /* numbers from a row to the next */
+    float *frame, *cell; /* the corner of the frame, and the first cell inside */
+} Map;
+
+typedef struct {
+    Map image, maps[N_STAGES];
+    float *cell_scores, *cell_row, *scores, *candidates;
+    float *context[N_CONTEXT];                   /* of cells, where they are wanted */
+    char *is_wanted[N_CONTEXT];
+    int32_t *wanted[N_CONTEXT], *cells[N_CONTEXT]; /* the cells wanted, and the cell of each token */
+    size_t n_cells[N_CONTEXT];
+    int32_t *rows, *columns, *bins; /* rows and columns of the pixels chosen */
+    float *gates, *tokens, *keys, *contribution, *head;
+} Scratch;
+
+static Map take_map(size_t *used, char *memory, int32_t rows, int32_t columns, int32_t channels) {
+    Map map = {rows, columns, channels, 0, NULL, NULL};
+    map.pitch = (size_t)(columns + 2 + 2 * LANES) * channels; /* at stride 2, 8 columns reach 16 further */
+    map.frame = take_floats(used, memory, map.pitch * (rows + 2));
+    map.cell = map.frame ? map.frame + map.pitch + channels : NULL;
+    return map;
+}
+
+/* Lay everything out in `memory`; NULL only tells the bytes. */
+static size_t lay_out(const Plan *plan, Scratch *scratch, char *memory) {
+    size_t used = 0, n_pixels = (size_t)plan->height * plan->width, k = plan->k + BLOCK + LANES;
+    int32_t rows = plan->height, columns = plan->width;
+    scratch->image = take_map(&used, memory, rows, columns, plan->n_channels);
+    for (int s = 0; s < plan->n_stages; s++) {
+        const Stage *stage = &plan->stages[s];
+        rows = (rows - 1) / stage->stride + 1;
+        columns = (columns - 1) / stage->stride + 1;
+        scratch->maps[s] = take_map(&used, memory, rows, columns, stage->n_outputs);
+    }
+    const Map *middle = &scratch->maps[1];
+    scratch->cell_scores = take_floats(&used, memory, (size_t)middle->rows * middle->columns);
+    scratch->cell_row = take_floats(&used, memory, 2 * (middle->columns + 1));
+    scratch->scores = take_floats(&used, memory, n_pixels + 2 * LANES);
+    scratch->candidates = take_floats(&used, memory, n_pixels + LANES);
+    for (int m = 0; m < N_CONTEXT; m++) {
+        const Map *map = &scratch->maps[m];
+        size_t n = scratch->n_cells[m] = plan->has_context ? (size_t)map->rows * map->columns : 0;
+        scratch->context[m] = take_floats(&used, memory, n * plan->embed_dim);
+        scratch->is_wanted[m] = take(&used, memory, n);
+        scratch->wanted[m] = take(&used, memory, (n + GROUP) * sizeof(int32_t));
+        scratch->cells[m] = take(&used, memory, k * sizeof(int32_t));
+    }
+    scratch->rows = take(&used, memory, k * sizeof(int32_t));
+    scratch->columns = take(&used, memory, k * sizeof(int32_t));
+    scratch->bins = take(&used, memory, (n_pixels + LANES) * sizeof(int32_t));
+    scratch->gates = take_floats(&used, memory, k);
+    scratch->contribution = take_floats(&used, memory, k);
+    scratch->tokens = take_floats(&used, memory, k * plan->embed_dim);
+    scratch->keys = take_floats(&used, memory, k * plan->key_dim);
+    size_t widest = (size_t)plan->embed_dim + plan->key_dim + plan->hidden_dim + plan->n_pooled + plan->n_logits;
+    scratch->head = take_floats(&used, memory, 8 * (widest + 2 * LANES));
+    return used;
+}
+
+/* ---- vectors ---- */
+
+/* exp by 2^n exp(r), |r| <= ln 2 / 2, the latter by its series; x within +-87. */
+INLINE lanes exponential(lanes x) {
+    lanes half = pick(x < 0, (lanes){} - 0.5f, (lanes){} + 0.5f);
+    whole_lanes n = __builtin_convertvector(x * 1.44269504f + half, whole_lanes);
+    lanes whole = __builtin_convertvector(n, lanes);
+    lanes r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    lanes series = r * (1.0f / 5040) + 1.0f / 720;
+    series = series * r + 1.0f / 120;
+    series = series * r + 1.0f / 24;
+    series = series * r + 1.0f / 6;
+    series = series * r + 0.5f;
+    series = (series * r + 1.0f) * r + 1.0f;
+    return series * (lanes)((n + 127) << 23);
+}
+
+INLINE lanes sigmoid(lanes x) {
+    lanes low = (lanes){} - 87.0f, high = (lanes){} + 87.0f;
+    x = pick(x < low, low, pick(x > high, high, x));
+    return 1.0f / (1.0f + exponential(-x));
+}
+
+/* ---- coarse network ---- */
+
+/* Outputs from `first` on, of one stage. */
+INLINE void convolve_lanes(const Map *in, const Map *out, const Stage *stage, int32_t first, int n_columns,
+                           int n_lanes) {
+    size_t step = (size_t)stage->stride * in->channels, apart[MOST_SUMS];
+    UNROLL for (int c = 0; c < n_columns; c++) apart[c] = c * step;
+    for (int32_t i = 0; i < out->rows; i++) {
+        const float *input = in->frame + i * stage->stride * in->pitch;
+        float *output = out->cell + i * out->pitch + first;
+        for (int32_t j = 0; j < out->columns; j += n_columns) {
+            lanes sums[MOST_SUMS];
+            multiply(input + j * step, apart, in->pitch, in->channels, 3, stage->n_inputs, stage->weight + first,
+                     stage->n_outputs, stage->bias + first, n_columns, n_lanes, sums);
+            UNROLL for (int c = 0; c < n_columns; c++)
+                UNROLL for (int l = 0; l < n_lanes; l++)
+                    if (j + c < out->columns)
+                        store(output + (size_t)(j + c) * out->channels + l * LANES, rectified(sums[c * n_lanes + l]));
+        }
+    }
+}
+
+/* 3x3 convolution with its batch norm folded in, and ReLU. */
+INLINE void convolve(const Map *in, const Map *out, const Stage *stage) {
+    int32_t first = 0, left = stage->n_outputs / LANES;
+    for (; left >= 5 || left == 3; left -= 3, first += 3 * LANES) convolve_lanes(in, out, stage, first, 4, 3);
+    for (; left >= 2; left -= 2, first += 2 * LANES) convolve_lanes(in, out, stage, first, 6, 2);
+    if (left) convolve_lanes(in, out, stage, first, 8, 1);
+}
+
+/* Mean and maximum of each channel: (2 * n). */
+INLINE void pool(const Map *map, int32_t n, float *pooled) {
+    for (int32_t first = 0; first < n; first += LANES) {
+        double total[LANES] = {0};
+        lanes most = load(map->cell + first);
+        for (int32_t i = 0; i < map->rows; i++) {
+            const float *cell = map->cell + i * map->pitch + first;
+            lanes sum = {0};
+            for (int32_t j = 0; j < map->columns; j++, cell += map->channels) {
+                lanes value = load(cell);
+                sum += value;
+                most = pick(value > most, value, most);
+            }
+            for (int l = 0; l < LANES; l++) total[l] += sum[l];
+        }
+        for (int l = 0; l < LANES && first + l < n; l++) {
+            pooled[first + l] = total[l] / ((double)map->rows * map->columns);
+            pooled[n + first + l] = most[l];
+        }
+    }
+}
+
+/* Scores of the cells, from them of the pixels between, linearly; 1 if they are not finite. */
+INLINE int score(const Plan *plan, const Scratch *scratch) {
+    const Map *middle = &scratch->maps[1];
+    int32_t rows = middle->rows, columns = middle->columns, step = 1 << plan->shifts[1];
+    float *cell_score = scratch->cell_scores, largest = 0;
+    for (int32_t i = 0; i < rows; i++)
+        for (int32_t j = 0; j < columns; j++, cell_score++) {
+            const float *cell = middle->cell + i * middle->pitch + (size_t)j * middle->channels;
+            lanes sum = {0};
+            for (int32_t l = 0; l < middle->channels; l += LANES) sum += load(cell + l) * load(plan->score + l);
+            *cell_score = sum_of(sum) + plan->score[middle->channels];
+            float size = fabsf(*cell_score);
+            largest = size <= largest ? largest : size; /* NaN stays */
+        }
+    if (!(largest < 1e37f)) return 1;
+
+    float *here = scratch->cell_row, *slope = here + columns, *to = scratch->scores;
+    const four along = {0, 1.0f / 4, 2.0f / 4, 3.0f / 4};
+    for (int32_t row = 0; row < plan->height; row++, to += plan->width) {
+        const float *upper = scratch->cell_scores + (size_t)(row / step) * columns;
+        const float *lower = row / step + 1 < rows ? upper + columns : upper;
+        float part = (float)(row % step) / step;
+        for (int32_t j = 0; j < columns; j++) here[j] = upper[j] + part * (lower[j] - upper[j]);
+        for (int32_t j = 0; j + 1 < columns; j++) slope[j] = here[j + 1] - here[j];
+        slope[columns - 1] = 0; /* beyond the last cell its score goes on */
+        if (step == 4) /* what is written past the row's end, the next row writes over */
+            for (int32_t j = 0; j < columns; j++) *(four *)(to + 4 * j) = here[j] + along * slope[j];
+        else
+            for (int32_t column = 0; column < plan->width; column++)
+                to[column] = here[column / step] + (float)(column % step) / step * slope[column / step];
+    }
+    return 0;
+}
+
+/* ---- selection ---- */
+
+INLINE int any(whole_lanes condition) {
+    union { whole_lanes lanes; int64_t halves[LANES / 2]; } is = {condition};
+    return (is.halves[0] | is.halves[1] | is.halves[2] | is.halves[3]) != 0;
+}
+
+/* Least and greatest of n numbers. */
+INLINE void extremes(const float *from, int32_t n, float *low, float *high) {
+    lanes least = (lanes){} + from[0], most = least;
+    int32_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        lanes value = load(from + i);
+        least = pick(value < least, value, least);
+        most = pick(value > most, value, most);
+    }
+    *low = least[0], *high = most[0];
+    for (int l = 1; l < LANES; l++) {
+        *low = least[l] < *low ? least[l] : *low;
+        *high = most[l] > *high ? most[l] : *high;
+    }
+    for (; i < n; i++) {
+        *low = from[i] < *low ? from[i] : *low;
+        *high = from[i] > *high ? from[i] : *high;
+    }
+}
+
+/* The k-th highest of n numbers, k <= n <= FEW, which are sorted. */
+INLINE float kth_of_few(float *values, int32_t n, int32_t k) {
+    for (int32_t i = 1; i < n; i++) {
+        float value = values[i];
+        int32_t j = i;
+        for (; j > 0 && values[j - 1] < value; j--) values[j] = values[j - 1];
+        values[j] = value;
+    }
+    return values[k - 1];
+}
+
+/* Halve the range until nothing is left between: for numbers so close that bins cannot tell them apart. */
+INLINE float kth_by_halves(const float *values, int32_t n, int32_t k, float low, float high) {
+    for (;;) { /* at least k are >= low, fewer than k are > high */
+        float middle = low / 2 + high / 2;
+        if (!(middle > low && middle < high)) break;
+        int32_t above = 0;
+        for (int32_t i = 0; i < n; i++) above += values[i] > middle;
+        if (above >= k)
+            low = middle;
+        else
+            high = middle;
+    }
+    int32_t at_high = 0;
+    for (int32_t i = 0; i < n; i++) at_high += values[i] >= high;
+    return at_high >= k ? high : low;
+}
+
+/* The k-th highest of n numbers; `spare`, which has room for n + LANES, is overwritten. */
+INLINE float kth_highest(const float *from, int32_t n, int32_t k, float *spare, int32_t *bins) {
+    for (;;) {
+        float low, high;
+        extremes(from, n, &low, &high);
+        if (low == high) return low;
+        float scale = (BINS - 1) / (high - low);
+        if (!(scale < INFINITY)) return kth_by_halves(from, n, k, low, high);
+
+        /* Counted in four tables, as neighbouring pixels fall into the same bin. */
+        int32_t counts[4][BINS];
+        memset(counts, 0, sizeof counts);
+        int32_t i = 0;
+        for (; i + LANES <= n; i += LANES) {
+            whole_lanes bin = __builtin_convertvector((load(from + i) - low) * scale, whole_lanes);
+            *(whole_lanes *)(bins + i) = bin;
+        }
+        for (; i < n; i++) bins[i] = (from[i] - low) * scale;
+        for (i = 0; i < n; i++) counts[i % 4][bins[i]]++;
+        int32_t bin = BINS, above = 0, inside = 0, kept = 0;
+        while (above + inside < k) {
+            above += inside;
+            bin--;
+            inside = counts[0][bin] + counts[1][bin] + counts[2][bin] + counts[3][bin];
+        }
+        for (i = 0; i < n; i += LANES) {
+            if (i + LANES <= n && !any(*(whole_lanes *)(bins + i) == bin)) continue;
+            for (int32_t l = i; l < n && l < i + LANES; l++) {
+                float value = from[l];
+                spare[kept] = value; /* kept <= l: nothing is lost where `from` is `spare` */
+                kept += bins[l] == bin;
+            }
+        }
+        from = spare, n = kept, k -= above;
+        if (n <= FEW) return kth_of_few(spare, n, k);
+    }
+}
+
+/* The k pixels of the highest scores, ascending; of equal ones the first. */
+INLINE void choose(const Plan *plan, const Scratch *scratch) {
+    int32_t width = plan->width, n = plan->height * width, k = plan->k, found = 0, room = 0;
+    const float *scores = scratch->scores;
+    int32_t *rows = scratch->rows, *columns = scratch->columns;
+    float threshold = -INFINITY;
+    if (k < n) {
+        threshold = kth_highest(scores, n, k, scratch->candidates, scratch->bins);
+        int32_t higher = 0;
+        for (int32_t i = 0; i < n; i++) higher += scores[i] > threshold;
+        room = k - higher; /* for those at the threshold */
+    }
+    for (int32_t row = 0; row < plan->height; row++, scores += width)
+        for (int32_t first = 0; first < width; first += LANES) {
+            if (!any(load(scores + first) >= threshold)) continue;
+            for (int32_t column = first; column < width && column < first + LANES; column++) {
+                int equal = (scores[column] == threshold) & (room > 0);
+                room -= equal;
+                rows[found] = row; /* found <= k, and there is room for more */
+                columns[found] = column;
+                found += (scores[column] > threshold) | equal;
+            }
+        }
+}
+
+/* ---- tokens ---- */
+
+/* The cell nearest to each token, and which cells are wanted at all. */
+INLINE int32_t find_cells(const Plan *plan, const Scratch *scratch, int m) {
+    const Map *map = &scratch->maps[m];
+    int32_t shift = plan->shifts[m], half = (1 << shift) / 2, n_wanted = 0, last = -1;
+    memset(scratch->is_wanted[m], 0, scratch->n_cells[m]);
+    for (int32_t t = 0; t < plan->k; t++) {
+        int32_t i = (scratch->rows[t] + half) >> shift, j = (scratch->columns[t] + half) >> shift;
+        i = i < map->rows ? i : map->rows - 1;
+        j = j < map->columns ? j : map->columns - 1;
+        int32_t cell = scratch->cells[m][t] = i * map->columns + j;
+        if (cell == last) continue;
+        last = cell;
+        scratch->wanted[m][n_wanted] = cell;
+        n_wanted += !scratch->is_wanted[m][cell];
+        scratch->is_wanted[m][cell] = 1;
+    }
+    return n_wanted;
+}
+
+/* Convolve the wanted cells of a map, GROUP at a time, n_lanes vectors of outputs from `first` on. */
+INLINE void convolve_wanted(const Plan *plan, const Scratch *scratch, int m, int32_t n_wanted, int32_t first,
+                            int n_lanes) {
+    const Map *map = &scratch->maps[m];
+    int32_t *wanted = scratch->wanted[m];
+    for (int g = 0; g < GROUP; g++) wanted[n_wanted + g] = wanted[n_wanted - 1]; /* to fill the last group */
+    for (int32_t w = 0; w < n_wanted; w += GROUP) {
+        lanes sums[MOST_SUMS];
+        size_t apart[GROUP];
+        for (int g = 0; g < GROUP; g++) {
+            int32_t i = wanted[w + g] / map->columns, j = wanted[w + g] - i * map->columns;
+            apart[g] = i * map->pitch + (size_t)j * map->channels;
+        }
+        multiply(map->frame, apart, map->pitch, map->channels, 3, map->channels,
+                 plan->context[m] + first, plan->embed_dim, plan->zeros, GROUP, n_lanes, sums);
+        UNROLL for (int g = 0; g < GROUP; g++)
+            UNROLL for (int l = 0; l < n_lanes; l++)
+                store(scratch->context[m] + (size_t)wanted[w + g] * plan->embed_dim + first + l * LANES,
+                      sums[g * n_lanes + l]);
+    }
+}
+
+INLINE void make_context(const Plan *plan, const Scratch *scratch) {
+    for (int m = 0; m < N_CONTEXT; m++) {
+        int32_t n_wanted = find_cells(plan, scratch, m), first = 0;
+        for (; first + 4 * LANES <= plan->embed_dim; first += 4 * LANES)
+            convolve_wanted(plan, scratch, m, n_wanted, first, 4);
+        for (; first < plan->embed_dim; first += LANES) convolve_wanted(plan, scratch, m, n_wanted, first, 1);
+    }
+}
+
+/* All but the last linear layer of the embedding; n_lanes is embed_dim / LANES, known to the compiler or not. */
+INLINE void make_tokens(const Plan *plan, const Scratch *scratch, int n_lanes) {
+    const float *weight = plan->position, *bias = weight + (size_t)(2 + plan->n_channels) * plan->embed_dim;
+    for (int32_t t = 0; t < plan->k; t++) {
+        int32_t row = scratch->rows[t], column = scratch->columns[t];
+        float x = (2 * column + 1.0f) / plan->width - 1, y = (2 * row + 1.0f) / plan->height - 1;
+        const float *values = scratch->image.cell + row * scratch->image.pitch + (size_t)column * plan->n_channels;
+        const float *context[N_CONTEXT];
+        for (int m = 0; m < N_CONTEXT && plan->has_context; m++)
+            context[m] = scratch->context[m] + (size_t)scratch->cells[m][t] * plan->embed_dim;
+        float *token = scratch->tokens + (size_t)t * plan->embed_dim;
+        for (int l = 0; l < n_lanes; l++) {
+            const float *factors = weight + l * LANES;
+            lanes sum = load(bias + l * LANES) + x * load(factors) + y * load(factors + plan->embed_dim);
+            for (int32_t c = 0; c < plan->n_channels; c++)
+                sum += values[c] * load(factors + (size_t)(2 + c) * plan->embed_dim);
+            if (plan->has_context) {
+                for (int m = 0; m < N_CONTEXT; m++) sum += load(context[m] + l * LANES);
+                store(token + l * LANES, rectified(sum) * scratch->gates[t]);
+            } else
+                store(token + l * LANES, rectified(sum));
+        }
+    }
+}
+
+INLINE void open_gates(const Plan *plan, const Scratch *scratch) {
+    for (int32_t t = 0; t < plan->k; t++)
+        scratch->gates[t] = scratch->scores[(size_t)scratch->rows[t] * plan->width + scratch->columns[t]];
+    for (int32_t t = 0; t < plan->k; t += LANES) store(scratch->gates + t, sigmoid(load(scratch->gates + t)));
+}
+
+/* Keys without epsilon, and their sums over all tokens, (key_dim) in float64. */
+INLINE void make_keys(const Plan *plan, const Scratch *scratch, int32_t embed_dim, int32_t key_dim, double *total) {
+    size_t apart[BLOCK];
+    UNROLL for (int b = 0; b < BLOCK; b++) apart[b] = (size_t)b * embed_dim;
+    for (int32_t i = 0; i < key_dim; i++) total[i] = 0;
+    for (int32_t start = 0; start < plan->k; start += RUN)
+        for (int32_t first = 0; first < key_dim; first += 2 * LANES) {
+            lanes run[2] = {{0}, {0}};
+            for (int32_t t = start; t < plan->k && t < start + RUN; t += BLOCK) {
+                lanes sums[MOST_SUMS];
+                float *key = scratch->keys + (size_t)t * key_dim + first;
+                multiply(scratch->tokens + (size_t)t * embed_dim, apart, 0, 0, 1, plan->n_embed, plan->key + first,
+                         key_dim, plan->key_bias + first, BLOCK, 2, sums);
+                UNROLL for (int b = 0; b < BLOCK; b++)
+                    UNROLL for (int l = 0; l < 2; l++) {
+                        lanes value = rectified(sums[2 * b + l]);
+                        store(key + (size_t)b * key_dim + l * LANES, value);
+                        if (t + b < plan->k) run[l] += value; /* the last block goes on into spare tokens */
+                    }
+            }
+            for (int i = 0; i < 2 * LANES; i++) total[first + i] += run[i / LANES][i % LANES];
+        }
+}
+
+/* Each token's (key + epsilon) @ readout, and the sum of the tokens by it, (embed_dim) in float64. */
+INLINE void sum_tokens(const Plan *plan, const Scratch *scratch, const float *readout, int embed_lanes, int key_lanes,
+                       double *total) {
+    float offset = 0;
+    for (int32_t i = 0; i < key_lanes * LANES; i++) offset += readout[i];
+    offset *= plan->key_epsilon;
+    for (int32_t i = 0; i < embed_lanes * LANES; i++) total[i] = 0;
+    for (int32_t start = 0; start < plan->k; start += RUN) {
+        lanes run[embed_lanes];
+        UNROLL for (int l = 0; l < embed_lanes; l++) run[l] = (lanes){0};
+        for (int32_t t = start; t < plan->k && t < start + RUN; t++) {
+            const float *key = scratch->keys + (size_t)t * key_lanes * LANES;
+            const float *token = scratch->tokens + (size_t)t * embed_lanes * LANES;
+            lanes sum = {0};
+            UNROLL for (int l = 0; l < key_lanes; l++) sum += load(key + l * LANES) * load(readout + l * LANES);
+            float weight = scratch->contribution[t] = sum_of(sum) + offset;
+            UNROLL for (int l = 0; l < embed_lanes; l++) run[l] += weight * load(token + l * LANES);
+        }
+        for (int32_t i = 0; i < embed_lanes * LANES; i++) total[i] += run[i / LANES][i % LANES];
+    }
+}
+
+/* Each token's (key + epsilon) @ readout. */
+INLINE void read_out(const Plan *plan, const Scratch *scratch, const float *readout, float *to) {
+    float offset = 0;
+    for (int32_t i = 0; i < plan->key_dim; i++) offset += readout[i];
+    offset *= plan->key_epsilon;
+    for (int32_t t = 0; t < plan->k; t++) {
+        lanes sum = {0};
+        for (int32_t i = 0; i < plan->key_dim; i += LANES)
+            sum += load(scratch->keys + (size_t)t * plan->key_dim + i) * load(readout + i);
+        to[t] = sum_of(sum) + offset;
+    }
+}
+
+/* ---- head ---- */
+
+/* to = from @ weight + bias, n_outputs padded. */
+INLINE void affine(const float *from, int32_t n_inputs, const float *weight, const float *bias, int32_t n_outputs,
+                   float *to) {
+    for (int32_t o = 0; o < n_outputs; o += LANES) {
+        lanes even = load(bias + o), odd = {0};
+        int32_t n = 0;
+        for (; n + 1 < n_inputs; n += 2) {
+            even += from[n] * load(weight + (size_t)n * n_outputs + o);
+            odd += from[n + 1] * load(weight + (size_t)(n + 1) * n_outputs + o);
+        }
+        if (n < n_inputs) even += from[n] * load(weight + (size_t)n * n_outputs + o);
+        store(to + o, even + odd);
+    }
+}
+
+INLINE void rectify(float *values, int32_t n) {
+    for (int32_t i = 0; i < n; i += LANES) store(values + i, rectified(load(values + i)));
+}
+
+INLINE void layer_norm(const Plan *plan, const float *from, float *to) {
+    double mean = 0, variance = 0;
+    for (int32_t i = 0; i < plan->n_embed; i++) mean += from[i];
+    mean /= plan->n_embed;
+    for (int32_t i = 0; i < plan->n_embed; i++) variance += (from[i] - mean) * (from[i] - mean);
+    double factor = 1 / sqrt(variance / plan->n_embed + plan->norm_epsilon);
+    for (int32_t i = 0; i < plan->n_embed; i++)
+        to[i] = (from[i] - mean) * factor * plan->norm_weight[i] + plan->norm_bias[i];
+}
+
+/* Tokens -> z_fine, (n_embed) from `features` on, and contributions. */
+INLINE void attend(const Plan *plan, const Scratch *scratch, int embed_lanes, int key_lanes, float *features,
+                   float *attention) {
+    int32_t embed_dim = embed_lanes * LANES, key_dim = key_lanes * LANES;
+    double total[key_dim], sums[embed_dim], cls_weight = 0, all = 0;
+    float readout[key_dim], attended[key_dim];
+    make_keys(plan, scratch, embed_dim, key_dim, total);
+    for (int32_t i = 0; i < key_dim; i++) {
+        total[i] += plan->k * (double)plan->key_epsilon + plan->cls_key[i];
+        readout[i] = plan->query[i] / total[i];
+        attended[i] = plan->mean_key[i] / total[i];
+        cls_weight += plan->cls_key[i] * (double)readout[i];
+    }
+    sum_tokens(plan, scratch, readout, embed_lanes, key_lanes, sums);
+    for (int32_t t = 0; t < plan->k; t++) all += scratch->contribution[t];
+    if (attention) read_out(plan, scratch, attended, attention);
+
+    float *pooled = scratch->head, *embedded = pooled + plan->embed_dim, *fine = embedded + plan->embed_dim;
+    for (int32_t i = 0; i < plan->embed_dim; i++) pooled[i] = sums[i];
+    affine(pooled, plan->n_embed, plan->embed, plan->zeros, plan->embed_dim, embedded);
+    for (int32_t i = 0; i < plan->embed_dim; i++)
+        embedded[i] += all * plan->embed_bias[i] + cls_weight * plan->cls[i];
+    affine(embedded, plan->n_embed, plan->value, plan->zeros, plan->embed_dim, fine);
+    if (plan->normalizes)
+        layer_norm(plan, fine, features);
+    else
+        memcpy(features, fine, sizeof(float) * plan->n_embed);
+}
+
+/* Residual MLP; 1 if a logit is not finite. */
+INLINE int classify(const Plan *plan, const Scratch *scratch, const float *features, float *logits) {
+    float *hidden = scratch->head + 4 * plan->embed_dim, *more = hidden + plan->hidden_dim;
+    float *answer = more + plan->hidden_dim;
+    affine(features, plan->n_embed + plan->n_pooled, plan->first, plan->first_bias, plan->hidden_dim, hidden);
+    rectify(hidden, plan->hidden_dim);
+    affine(hidden, plan->hidden_dim, plan->residual, plan->residual_bias, plan->hidden_dim, more);
+    rectify(more, plan->hidden_dim);
+    for (int32_t i = 0; i < plan->hidden_dim; i++) hidden[i] += more[i];
+    affine(hidden, plan->hidden_dim, plan->last, plan->last_bias, plan->n_logits, answer);
+    int failed = 0;
+    for (int32_t i = 0; i < plan->n_classes; i++) {
+        logits[i] = answer[i];
+        failed |= !isfinite(answer[i]);
+    }
+    return failed;
+}
+
+/* ---- images ---- */
+
+/* (height, width, channels) of uint8, or (channels, height, width) already scaled, into the frame. */
+INLINE void read_image(const Plan *plan, const Map *image, const uint8_t *bytes, const float *scaled) {
+    size_t n = plan->n_channels, width = plan->width;
+    for (int32_t i = 0; i < plan->height; i++) {
+        float *to = image->cell + i * image->pitch;
+        if (bytes)
+            for (size_t j = 0; j < width * n; j++) to[j] = plan->bytes[bytes[i * width * n + j]];
+        else
+            for (size_t c = 0; c < n; c++)
+                for (size_t j = 0; j < width; j++) to[j * n + c] = scaled[(c * plan->height + i) * width + j];
+    }
+}
+
+INLINE double now(const Results *results) {
+    struct timespec time = {0};
+    if (results->seconds) timespec_get(&time, TIME_UTC);
+    return time.tv_sec + 1e-9 * time.tv_nsec;
+}
+
+INLINE int run_image(const Plan *plan, const Scratch *scratch, const Results *results, float *features,
+                     float *logits, float *attention) {
+    double times[N_PARTS + 1] = {now(results)};
+    const Map *in = &scratch->image;
+    for (int s = 0; s < plan->n_stages; s++) {
+        convolve(in, &scratch->maps[s], &plan->stages[s]);
+        in = &scratch->maps[s];
+    }
+    pool(in, plan->n_pooled / 2, features + plan->n_embed);
+    if (score(plan, scratch)) return 1;
+    times[1] = now(results);
+    choose(plan, scratch);
+    times[2] = now(results);
+    if (plan->has_context) {
+        make_context(plan, scratch);
+        open_gates(plan, scratch);
+    }
+    if (plan->embed_dim == 32 && plan->key_dim == 32) { /* the default, with the loops unrolled */
+        make_tokens(plan, scratch, 4);
+        attend(plan, scratch, 4, 4, features, attention);
+    } else {
+        make_tokens(plan, scratch, plan->embed_dim / LANES);
+        attend(plan, scratch, plan->embed_dim / LANES, plan->key_dim / LANES, features, attention);
+    }
+    times[3] = now(results);
+    int failed = classify(plan, scratch, features, logits);
+    times[4] = now(results);
+    for (int p = 0; p < N_PARTS && results->seconds; p++) results->seconds[p] += times[p + 1] - times[p];
+    return failed;
+}
+
+/* Run n images: uint8, or, if that is NULL, scaled. 0, or -1 if there is no memory. */
+EACH_PROCESSOR
+int sparseattn_run(const Plan *plan, const uint8_t *bytes, const float *scaled, int64_t n, const Results *results) {
+    Scratch scratch;
+    size_t size = lay_out(plan, &scratch, NULL);
+    char *memory = calloc(size + 64, 1); /* zeros: the frames stay so */
+    if (!memory) return -1;
+    lay_out(plan, &scratch, memory + (64 - (uintptr_t)memory % 64));
+    size_t n_pixels = (size_t)plan->height * plan->width, n_values = n_pixels * plan->n_channels;
+    size_t n_features = plan->n_embed + plan->n_pooled, k = plan->k;
+    for (int64_t i = 0; i < n; i++) {
+        read_image(plan, &scratch.image, bytes ? bytes + i * n_values : NULL, bytes ? NULL : scaled + i * n_values);
+        results->failed[i] = run_image(plan, &scratch, results, results->features + i * n_features,
+                                       results->logits + (size_t)i * plan->n_classes,
+                                       results->attention ? results->attention + i * k : NULL);
+        if (results->scores) memcpy(results->scores + i * n_pixels, scratch.scores, n_pixels * sizeof(float));
+        for (size_t t = 0; t < k && results->pixels; t++)
+            results->pixels[i * k + t] = scratch.rows[t] * plan->width + scratch.columns[t];
+        if (results->contribution)
+            memcpy(results->contribution + i * k, scratch.contribution, k * sizeof(float));
+    }
+    free(memory);
+    return 0;
+}
+
+/* So that engine.py can see that it speaks of the same fields. */
+int sparseattn_sizes(int64_t *plan, int64_t *results) {
+    *plan = sizeof(Plan);
+    *results = sizeof(Results);
+    return 0;
+}
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_engine", "Functions for ctypes; see engine.py.", -1, NULL,
+                                    NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__engine(void) { return PyModule_Create(&module); }

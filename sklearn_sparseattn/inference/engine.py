@@ -1,0 +1,322 @@
+"""The fitted network in compiled code (`_engine.c`): fast on a CPU, each image by itself.
+
+An image's result is the same bits whatever else is in the call, in whatever order, on however many threads.
+Where there is no compiled code, or the network is not the plain one of this package, there is no engine.
+"""
+
+import ctypes
+import importlib.util
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from ..images import ImageShape, PixelScale
+from ..network import CoarseAttention, FusionClassifier, SparseAttnNet
+
+PARTS = ("coarse", "selection", "tokens", "head")  # whose time is taken
+
+_LANES = 8
+_MOST_STAGES, _N_CONTEXT = 4, 2
+
+Float32 = npt.NDArray[np.float32]
+
+
+def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names]
+
+
+class _Stage(ctypes.Structure):
+    _fields_ = [
+        *_fields(ctypes.c_int32, "n_inputs", "n_outputs", "stride"),
+        *_fields(ctypes.c_void_p, "weight", "bias"),
+    ]
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = [
+        *_fields(ctypes.c_int32, "height", "width", "n_channels", "k"),
+        *_fields(ctypes.c_int32, "n_embed", "n_pooled", "n_classes"),
+        *_fields(ctypes.c_int32, "embed_dim", "key_dim", "hidden_dim", "n_logits"),
+        *_fields(ctypes.c_int32, "n_stages", "has_context", "normalizes"),
+        ("shifts", ctypes.c_int32 * _N_CONTEXT),
+        *_fields(ctypes.c_float, "key_epsilon", "norm_epsilon"),
+        ("stages", _Stage * _MOST_STAGES),
+        *_fields(ctypes.c_void_p, "bytes", "score", "position"),
+        ("context", ctypes.c_void_p * _N_CONTEXT),
+        ("zeros", ctypes.c_void_p),
+        *_fields(ctypes.c_void_p, "key", "key_bias", "cls_key", "query", "mean_key"),
+        *_fields(ctypes.c_void_p, "embed", "embed_bias", "cls", "value", "norm_weight", "norm_bias"),
+        *_fields(ctypes.c_void_p, "first", "first_bias", "residual", "residual_bias", "last", "last_bias"),
+    ]
+
+
+class _Results(ctypes.Structure):
+    _fields_ = _fields(
+        ctypes.c_void_p,
+        *("logits", "features", "scores", "pixels", "attention", "contribution", "failed", "seconds"),
+    )
+
+
+def _load_library() -> Any:
+    """The compiled code, if it was built with the package; else None."""
+    spec = importlib.util.find_spec("._engine", __package__)
+    if spec is None or spec.origin is None:
+        return None
+    library = ctypes.CDLL(spec.origin)
+    sizes = [ctypes.c_int64(), ctypes.c_int64()]
+    library.sparseattn_sizes(*(ctypes.byref(size) for size in sizes))
+    if [size.value for size in sizes] != [ctypes.sizeof(_Plan), ctypes.sizeof(_Results)]:
+        raise ImportError(f"{spec.origin} was built from other sources: install sklearn-sparseattn again.")
+    library.sparseattn_run.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_void_p]
+    return library
+
+
+_LIBRARY = _load_library()
+
+
+class Engine:
+    """A fitted network, prepared to be run by compiled code.
+
+    Parameters
+    ----------
+    network : SparseAttnNet
+        Fitted; its weights are copied, so that what happens to them later is not seen here.
+    image_shape : tuple of (H, W, C)
+        Of the images.
+    scale : PixelScale
+        The map learned in the fit.
+
+    Attributes
+    ----------
+    seconds : ndarray of shape (4,), float64
+        Time spent so far in `PARTS`, if `run` was asked to take it.
+    """
+
+    def __init__(self, network: SparseAttnNet, image_shape: ImageShape, scale: PixelScale) -> None:
+        self._kept: list[np.ndarray] = []  # alive as long as the plan that points to them
+        self._scale = scale
+        self._image_shape = image_shape
+        self.seconds = np.zeros(len(PARTS))
+        self._plan = self._make_plan(network)
+
+    @classmethod
+    def of(cls, network: SparseAttnNet, image_shape: ImageShape, scale: PixelScale) -> "Engine | None":
+        """Prepare a network, if that is possible.
+
+        Parameters
+        ----------
+        network : SparseAttnNet
+            Fitted.
+        image_shape : tuple of (H, W, C)
+            Of the images.
+        scale : PixelScale
+            The map learned in the fit.
+
+        Returns
+        -------
+        Engine or None
+            None if there is no compiled code, the network is elsewhere than on the CPU, or not the plain one.
+        """
+        if _LIBRARY is None or not _is_plain(network):
+            return None
+        return cls(network, image_shape, scale)
+
+    def run(self, images: np.ndarray, *, maps: bool = False, timed: bool = False) -> dict[str, np.ndarray]:
+        """Run the network on some images, on this thread.
+
+        Parameters
+        ----------
+        images : ndarray of shape (b, H, W, C)
+            As the user has them.
+        maps : bool, default=False
+            Whether to give the maps and pixels, too.
+        timed : bool, default=False
+            Whether to add the time to `seconds`; then on one thread at a time.
+
+        Returns
+        -------
+        dict
+            ``failed`` (b,), bool: where float32 overflowed and nothing else counts; ``logits`` (b, n_classes)
+            and ``features`` (b, n_features), float32. With `maps` also ``scores`` (b, H * W), ``pixels``
+            (b, k), int32 and ascending, ``attention`` and ``contribution`` (b, k).
+
+        Raises
+        ------
+        ValueError
+            If values are so far outside the range of the fit that they overflow when scaled.
+        MemoryError
+            If there is none.
+        """
+        plan, n = self._plan, len(images)
+        found: dict[str, np.ndarray] = {
+            "failed": np.zeros(n, dtype=np.bool_),
+            "logits": np.empty((n, plan.n_classes), dtype=np.float32),
+            "features": np.empty((n, plan.n_embed + plan.n_pooled), dtype=np.float32),
+        }
+        if maps:
+            found["scores"] = np.empty((n, plan.height * plan.width), dtype=np.float32)
+            found["pixels"] = np.empty((n, plan.k), dtype=np.int32)
+            found |= {name: np.empty((n, plan.k), dtype=np.float32) for name in ("attention", "contribution")}
+        results = _Results(**{name: array.ctypes.data for name, array in found.items()})
+        if timed:
+            results.seconds = self.seconds.ctypes.data
+        if images.dtype == np.uint8 and self._bytes_are_finite:
+            images = np.ascontiguousarray(images)
+            given: tuple[int | None, int | None] = (images.ctypes.data, None)
+        else:
+            images = self._scale.finite(images)
+            given = (None, images.ctypes.data)
+        if _LIBRARY.sparseattn_run(ctypes.addressof(plan), *given, n, ctypes.addressof(results)):
+            raise MemoryError(f"no memory to run a network on images of {self._image_shape}")
+        return found
+
+    # ---- the plan ----
+
+    def _keep(self, values: Any, *, rows: int | None = None, columns: int | None = None) -> int:
+        """Address of a float32 copy, its last two axes filled up with zeros."""
+        array = np.asarray(values, dtype=np.float32)
+        padding = [(0, 0)] * array.ndim
+        if columns is not None:
+            padding[-1] = (0, columns - array.shape[-1])
+        if rows is not None:
+            padding[-2] = (0, rows - array.shape[-2])
+        array = np.ascontiguousarray(np.pad(array, padding))
+        self._kept.append(array)
+        return array.ctypes.data
+
+    def _make_plan(self, network: SparseAttnNet) -> _Plan:
+        height, width, n_channels = self._image_shape
+        fine, fusion = network.fine, network.fusion
+        n_embed, n_keys = fine.key.in_features, fine.key.out_features
+        plan = _Plan(
+            height=height,
+            width=width,
+            n_channels=n_channels,
+            k=network.n_chosen(height * width),
+            n_embed=n_embed,
+            n_pooled=network.coarse.n_features,
+            n_classes=fusion.out.out_features,
+            embed_dim=_round_up(n_embed),
+            key_dim=_round_up(n_keys, 2 * _LANES),
+            hidden_dim=_round_up(fusion.out.in_features),
+            n_logits=_round_up(fusion.out.out_features),
+            has_context=network.context is not None,
+            n_stages=len(_stages(network.coarse)),
+            normalizes=isinstance(network.fine_norm, nn.LayerNorm),
+        )
+        with np.errstate(over="ignore"):
+            bytes_scaled = self._scale(np.arange(256, dtype=np.uint8).reshape(1, 256, 1, 1))
+        self._bytes_are_finite = bool(np.isfinite(bytes_scaled).all())
+        plan.bytes = self._keep(bytes_scaled.ravel())
+        self._put_coarse(plan, network.coarse)
+        self._put_tokens(plan, network)
+        self._put_attention(plan, network)
+        self._put_head(plan, fusion)
+        return plan
+
+    def _put_coarse(self, plan: _Plan, coarse: CoarseAttention) -> None:
+        for stage, (convolution, norm, _) in zip(plan.stages, _stages(coarse), strict=False):
+            factor, offset = _as_affine(norm)
+            weight = _array(convolution.weight) * factor[:, None, None, None]
+            stage.n_inputs, stage.n_outputs = weight.shape[1], _round_up(len(weight))
+            stage.stride = convolution.stride[0]
+            stage.weight = self._keep(_by_position(weight), columns=stage.n_outputs)
+            stage.bias = self._keep(offset, columns=stage.n_outputs)
+        weight = np.pad(_array(coarse.score.weight).ravel(), (0, plan.stages[1].n_outputs))
+        n_middle = plan.stages[1].n_outputs
+        plan.score = self._keep(np.append(weight[:n_middle], _array(coarse.score.bias)))
+        plan.shifts[:] = [step.bit_length() - 1 for step in coarse.steps[:_N_CONTEXT]]
+
+    def _put_tokens(self, plan: _Plan, network: SparseAttnNet) -> None:
+        first = network.embedding.first
+        rows = np.vstack([_array(first.weight).T, _array(first.bias)])
+        plan.position = self._keep(rows, columns=plan.embed_dim)
+        if network.context is not None:
+            for m, convolution in enumerate(network.context.convolve):
+                weight = _by_position(_array(convolution.weight))
+                plan.context[m] = self._keep(weight, rows=plan.stages[m].n_outputs, columns=plan.embed_dim)
+
+    def _put_attention(self, plan: _Plan, network: SparseAttnNet) -> None:
+        fine, out = network.fine, network.embedding.out
+        key, cls = _array(fine.key.weight), _array(fine.cls_token)[0, 0]
+        columns = plan.key_dim
+        plan.key_epsilon = EPSILON
+        plan.key = self._keep((key @ _array(out.weight)).T, columns=columns)
+        plan.key_bias = self._keep(key @ _array(out.bias), columns=columns)
+        plan.cls_key = self._keep(np.maximum(key @ cls, 0) + EPSILON, columns=columns)
+        plan.query = self._keep(_array(fine.query.weight) @ cls / fine.n_heads, columns=columns)
+        plan.mean_key = self._keep(np.full(len(key), 1 / len(key)), columns=columns)
+        columns = plan.embed_dim
+        plan.zeros = self._keep(np.zeros(columns))
+        plan.embed = self._keep(_array(out.weight).T, columns=columns)
+        plan.embed_bias = self._keep(_array(out.bias), columns=columns)
+        plan.cls = self._keep(cls, columns=columns)
+        plan.value = self._keep(_array(fine.value.weight).T, columns=columns)
+        if isinstance(network.fine_norm, nn.LayerNorm):
+            plan.norm_weight = self._keep(_array(network.fine_norm.weight))
+            plan.norm_bias = self._keep(_array(network.fine_norm.bias))
+            plan.norm_epsilon = network.fine_norm.eps
+
+    def _put_head(self, plan: _Plan, fusion: FusionClassifier) -> None:
+        layers: dict[str, Any] = {"first": fusion.first, "residual": fusion.residual}
+        for name, (linear, norm, _) in layers.items():
+            factor, offset = _as_affine(norm)
+            weight = (_array(linear.weight) * factor[:, None]).T
+            rows = plan.hidden_dim if name == "residual" else None
+            setattr(plan, name, self._keep(weight, rows=rows, columns=plan.hidden_dim))
+            setattr(plan, f"{name}_bias", self._keep(offset, columns=plan.hidden_dim))
+        weight = _array(fusion.out.weight).T
+        plan.last = self._keep(weight, rows=plan.hidden_dim, columns=plan.n_logits)
+        plan.last_bias = self._keep(_array(fusion.out.bias), columns=plan.n_logits)
+
+
+EPSILON = 1e-6
+
+
+def _round_up(n: int, step: int = _LANES) -> int:
+    return -(-n // step) * step
+
+
+def _array(tensor: Any) -> npt.NDArray[np.float64]:
+    return tensor.detach().double().numpy()
+
+
+def _by_position(weight: np.ndarray) -> np.ndarray:
+    """(outputs, inputs, 3, 3) -> (9, inputs, outputs)."""
+    return weight.transpose(2, 3, 1, 0).reshape(9, weight.shape[1], len(weight))
+
+
+def _as_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[np.ndarray, np.ndarray]:
+    """Batch norm in evaluation as a factor and an offset."""
+    mean, variance = _array(norm.running_mean), _array(norm.running_var)
+    factor = _array(norm.weight) / np.sqrt(variance + norm.eps)
+    return factor, _array(norm.bias) - mean * factor
+
+
+def _is_plain(network: SparseAttnNet) -> bool:
+    """Whether this is what `_engine.c` computes, on the CPU: nothing replaced, nothing hooked in."""
+    with torch.device("meta"):
+        twin = SparseAttnNet(k=1, **network.form)
+    return (
+        str(network) == str(twin)
+        and all(_is_alike(*pair) for pair in zip(network.modules(), twin.modules(), strict=True))
+        and all(stage[0].stride[0] in (1, 2) for stage in _stages(network.coarse))
+        and {tensor.device.type for tensor in network.state_dict().values()} == {"cpu"}
+    )
+
+
+def _is_alike(module: nn.Module, other: nn.Module) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    return (
+        type(module) is type(other)
+        and vars(module).keys() == vars(other).keys()
+        and not any(getattr(module, name) for name in hooks)
+    )
+
+
+def _stages(coarse: Any) -> list[Any]:
+    """Convolution, batch norm and ReLU of each stage."""
+    return [coarse.early, coarse.middle, *(coarse.deep or ())]
