@@ -104,6 +104,7 @@ def gradient(images):
 
 
 def ungated(network):
+    network.compiled = False
     network.hidden_tokens = partial(tokens_without_gate, network.embedding, network.context)
 
 

@@ -1,7 +1,7 @@
 """The peers of efficiency.py and scaling.py, and the runtimes that suit them best.
 
-Each runtime gives, for a peer, a batch size and a number of streams, a unit of work: a function that returns how
-many images it did. What is not installed is left out.
+Each runtime gives, for a peer, a batch size and a number of streams, a unit of work: a function that returns
+how many images it did. What is not installed is left out.
 """
 
 import copy

@@ -21,24 +21,14 @@ from typing import NamedTuple
 import joblib
 import numpy as np
 import torch
-from efficiency import (
-    NEEDS,
-    RUNTIMES,
-    cells,
-    environment,
-    fitted,
-    in_child,
-    in_turns,
-    left_out,
-    missing,
-    names_of,
-    open_peers,
-    predicting,
-    rate,
-)
+from efficiency import names_of
+from memory_use import in_child
+from ours import cells, fitted, predicting
 from peers import Cnn, lenet, mobilenetv2, resnet50
 from report import put_into, record, recorded
+from runtimes import NEEDS, RUNTIMES, environment, left_out, missing, open_peers
 from skorch.callbacks import Callback
+from timing import in_turns, rate
 from torch.nn import functional as F
 
 from sklearn_sparseattn import SparseAttnClassifier

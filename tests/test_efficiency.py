@@ -1,5 +1,6 @@
 """What benchmarks/efficiency.py and scaling.py compute beside their measuring, and one small run of each."""
 
+import copy
 import importlib
 import re
 import sys
@@ -9,9 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from sklearn_sparseattn.images import PixelScale
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-SCRIPTS = ("report", "data_sets", "peers", "efficiency", "scaling")
+SCRIPTS = (
+    *("report", "timing", "data_sets", "peers", "runtimes", "ours", "memory_use", "gpu"),
+    *("efficiency_tables", "efficiency", "scaling"),
+)
 
 
 @pytest.fixture
@@ -29,6 +36,26 @@ def load_benchmark(monkeypatch):
 @pytest.fixture
 def efficiency(load_benchmark):
     return load_benchmark("efficiency")
+
+
+@pytest.fixture
+def tables(load_benchmark):
+    return load_benchmark("efficiency_tables")
+
+
+@pytest.fixture
+def ours(load_benchmark):
+    return load_benchmark("ours")
+
+
+@pytest.fixture
+def runtimes(load_benchmark):
+    return load_benchmark("runtimes")
+
+
+@pytest.fixture
+def timing(load_benchmark):
+    return load_benchmark("timing")
 
 
 @pytest.fixture
@@ -77,54 +104,55 @@ def test_best_setting_is_the_fastest(efficiency):
     assert efficiency.best_setting(found) == {"batch": 8, "streams": 2}
 
 
-def test_fastest_keeps_to_the_precision(efficiency):
-    assert efficiency.fastest(CONTESTANTS, "resnet50", ("fp32",)) == "resnet50/openvino"
-    assert efficiency.fastest(CONTESTANTS, "resnet50") == "resnet50/openvino_bf16"
-    assert efficiency.fastest(CONTESTANTS, "mobilenetv2") is None
+def test_fastest_keeps_to_the_precision(tables):
+    assert tables.fastest(CONTESTANTS, "resnet50", ("fp32",)) == "resnet50/openvino"
+    assert tables.fastest(CONTESTANTS, "resnet50") == "resnet50/openvino_bf16"
+    assert tables.fastest(CONTESTANTS, "mobilenetv2") is None
 
 
-def test_ratio_is_that_of_the_rounds(efficiency):
+def test_ratio_is_that_of_the_rounds(tables):
     # The medians' own ratio would be 100 / 30.
     ours, peer = CONTESTANTS["sparseattn"]["rates"], CONTESTANTS["resnet50/openvino"]["rates"]
-    assert efficiency.ratio(ours, peer) == pytest.approx((4, 3, 5))
+    assert tables.ratio(ours, peer) == pytest.approx((4, 3, 5))
 
 
-def test_rate_counts_whole_units_and_at_least_one(efficiency):
+def test_rate_counts_whole_units_and_at_least_one(timing):
     def unit():
         time.sleep(0.01)
         return 5
 
-    assert 5 / 0.1 < efficiency.rate(unit, 0) <= 5 / 0.01
-    assert 5 / 0.1 < efficiency.rate(unit, 0.05) <= 5 / 0.01
+    assert 5 / 0.1 < timing.rate(unit, 0) <= 5 / 0.01
+    assert 5 / 0.1 < timing.rate(unit, 0.05) <= 5 / 0.01
 
 
-def test_all_take_turns(efficiency):
+def test_all_take_turns(timing, monkeypatch):
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
     calls = []
-    found = efficiency.in_turns({"a": 1, "b": 2, "c": 3}, 8, lambda x: calls.append(x) or len(calls))
+    found = timing.in_turns({"a": 1, "b": 2, "c": 3}, 8, lambda x: calls.append(x) or len(calls))
     rounds = np.reshape(calls, (8, 3))
     assert (np.sort(rounds) == [1, 2, 3]).all()
     assert len(np.unique(rounds, axis=0)) > 1
     assert sorted(np.concatenate(list(found.values()))) == list(range(1, 25))
 
 
-def test_peak_memory_sees_what_is_gone_again(efficiency):
-    with efficiency.peak_memory() as found:
+def test_peak_memory_sees_what_is_gone_again(load_benchmark):
+    with load_benchmark("memory_use").peak_memory() as found:
         block = np.ones(30 * 2**17)  # 30 MB
         time.sleep(0.05)
         del block
     assert 25 < found["growth_mb"] < 60
 
 
-def test_multiply_adds(efficiency):
+def test_multiply_adds_of_a_peer(efficiency):
     found = efficiency.cost(torch.nn.Conv2d(2, 3, 3, padding=1, bias=False), (2, 10, 10))
     assert found == {"parameters": 54, "multiply_adds": 54 * 100}
 
 
-def test_a_peer_computes_the_same_in_every_runtime(efficiency, tmp_path, monkeypatch):
+def test_a_peer_computes_the_same_in_every_runtime(runtimes, ours, tmp_path):
     """Units give back nothing but counts, so that the outputs are looked at on their way."""
     onnxruntime = pytest.importorskip("onnxruntime")
     openvino = pytest.importorskip("openvino")
-    peer = efficiency.Peer("lenet", efficiency.cells(4, 32)[0], 1)
+    peer = runtimes.Peer("lenet", ours.cells(4, 32)[0], 1)
     peer.export(tmp_path)
     images = peer.batch(6)
     with torch.no_grad():
@@ -139,54 +167,163 @@ def test_a_peer_computes_the_same_in_every_runtime(efficiency, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("runtime", ["eager", "channels_last_bf16", "onnxruntime", "openvino"])
-def test_units_count_their_images(efficiency, tmp_path, runtime):
-    runtime = efficiency.RUNTIMES[runtime]
-    if efficiency.missing(runtime.needs):
+def test_units_count_their_images(runtimes, ours, tmp_path, runtime):
+    runtime = runtimes.RUNTIMES[runtime]
+    if runtimes.missing(runtime.needs):
         pytest.skip("not installed")
-    peer = efficiency.Peer("lenet", efficiency.cells(4, 32)[0], 2)
-    if not efficiency.missing(("onnx",)):
+    peer = runtimes.Peer("lenet", ours.cells(4, 32)[0], 2)
+    if not runtimes.missing(("onnx",)):
         peer.export(tmp_path)
     for streams in runtime.streams:
         n_images = runtime.open(peer, 4, streams)()
         assert n_images == (4 if streams == 1 else streams * 32)
 
 
-def test_tables_of_efficiency(efficiency):
-    versions = {"torch": "2.13", "openvino": "1.0"}
-    place = {"processor": "a processor", "threads": 2, "versions": versions}
+@pytest.fixture
+def ours_fitted(ours):
+    images, target = ours.cells(12, 40)
+    return ours.fitted(images, target, 300, n_jobs=1), images
+
+
+def test_multiply_adds_of_the_engine(ours, ours_fitted):
+    """PyTorch's own count of a pass, less what the engine has prepared or leaves out."""
+    clf, images = ours_fitted
+    found, network = ours.multiply_adds(clf, images), clf.network_
+    assert list(found) == ["coarse", "selection", "tokens", "head"]
+    counted, plain = [], copy.deepcopy(network).double()  # in float32, compiled code may hide from the count
+    scaled = PixelScale(clf.data_range_).finite(images[..., None]).astype(np.float64)
+    for image in torch.from_numpy(scaled)[:, None]:
+        with FlopCounterMode(display=False) as counter:
+            plain(image)
+        counted.append(counter.get_total_flops() / 2)
+    length, width = network.fine.key.in_features, network.fine.key.out_features
+    # Query and key of the CLS token and the folding of the keys; the attention that only maps need.
+    prepared = 2 * length * width + width * length**2
+    assert np.mean(counted) - sum(found.values()) == pytest.approx(prepared + 300 * width, abs=length * width)
+    assert found["coarse"] == 20 * 20 * 9 * 8 + 10 * 10 * (9 * 8 * 16 + 16)
+    assert found["head"] == 64 * 128 + 128 * 128 + 128 * 3
+
+
+def test_distinct_cells(ours):
+    # Of 5 x 6 pixels, cells over every second: 0-0, 0-1, 0-1 | 0-0, 2-2 (the last row has no cell below).
+    pixels = np.array([[0, 1, 2], [0, 0, 29]])
+    assert ours.n_distinct_cells(pixels, 6, 2, 3, 3) == 4
+
+
+def test_profile(ours, ours_fitted):
+    n_threads = torch.get_num_threads()
+    found = ours.profile(*ours_fitted, rounds=2)
+    parts = ["coarse", "selection", "tokens", "head", "reading", "Python and validation"]
+    assert list(found["microseconds"]) == parts
+    assert all(found["microseconds"][part] > 0 for part in parts[:4])
+    assert found["ceiling_gflops"] > 0.1
+    assert torch.get_num_threads() == n_threads
+
+
+def test_exactness(ours, ours_fitted):
+    clf, images = ours_fitted
+    found = ours.exactness(clf, [images[:5], images[5:]])
+    assert found["images"] == 12
+    assert 0 < found["probability"] < 1e-5
+    assert 0 < found["score"] < 1e-5
+    assert found["left_to_float64"] == 0
+    assert "choose" not in vars(clf.network_)  # it was a copy that was told the pixels
+
+
+def test_exactness_sees_other_numbers(ours, ours_fitted, monkeypatch):
+    """An engine of other weights: differences, and other pixels."""
+    clf, images = ours_fitted
+    engine = ours.engine_of(clf)
+    monkeypatch.setattr(ours, "engine_of", lambda clf: engine)
+    with torch.no_grad():
+        clf.network_.coarse.score.weight.mul_(-1)
+        clf.network_.fusion.out.bias[0] += 1
+    found = ours.exactness(clf, [images])
+    assert found["probability"] > 1e-3
+    assert found["score"] > 1e-3
+    assert found["other_pixels"] == 1
+
+
+def test_without_the_engine_nothing_is_measured(ours, monkeypatch):
+    images, target = ours.cells(6, 16)
+    monkeypatch.setattr(ours.Engine, "of", lambda *args: None)
+    with pytest.raises(SystemExit, match="compiled engine did not run"):
+        ours.fitted(images, target, 20)
+
+
+PLACE = {"processor": "a processor", "threads": 2, "versions": {"torch": "2.13", "openvino": "1.0"}}
+
+
+def test_tables_of_efficiency(tables):
+    rest = {"largest_score": 7.0, "other_pixels": 0.01}
     calls = {
         "sparseattn": {"n": 7, "p50": 0.001, "p99": 0.0025},
         "resnet50/eager": {"n": 7, "p50": 0.004, "p99": 0.005},
     }
     results = {
-        "throughput": {"contestants": CONTESTANTS, "machine": place},
-        "latency": {"calls": calls, "machine": place},
-        "cost": {
-            "models": {"sparseattn": {"parameters": 41388, "multiply_adds": 4_900_000}},
-            "machine": place,
-        },
-        "memory": {"growth": {"sparseattn": {"growth_mb": 12.3}}, "machine": place},
+        "throughput": {"contestants": CONTESTANTS, "machine": PLACE, "engine": True},
+        "latency": {"calls": calls, "machine": PLACE},
+        "cost": {"models": {"sparseattn": {"parameters": 41388, "multiply_adds": 4_900_000}}},
+        "memory": {"growth": {"sparseattn": {"growth_mb": 12.3}}},
         "profile": {
             "models": {
-                "sparseattn": {"microseconds": {"coarse": 30.0, "head": 10.0}, "ceiling_gflops": 100.0},
+                "sparseattn": {
+                    "microseconds": {"coarse": 30.0, "Python and validation": 10.0},
+                    "multiply_adds": {"coarse": 300_000.0},
+                    "ceiling_gflops": 100.0,
+                },
             },
-            "machine": place,
+        },
+        "accuracy": {
+            "sets": {"noise": {"images": 5000, "probability": 2e-6, "score": 2e-5, "map": 3e-6} | rest}
         },
     }
-    text = efficiency.tables(results)
+    text = tables.tables(results)
     rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| `")]
     assert [row[1].strip() for row in rows[:2]] == ["eager", "openvino"]  # the slowest first
     assert "| 8 × 2 | 30 | 4.00 × (3.00-5.00) | - | - |" in text
     assert "| its own | 100 | 1.00 × (1.00-1.00) | 1.00 ms | 2.50 ms |" in text
-    assert (
-        "`sparseattn`: 4.0 × the fastest `resnet50` in fp32 (openvino); "
-        "2.5 × the fastest `resnet50` in any precision (openvino_bf16); "
-        "one image at a time in 0.25 of its least p50 (eager)."
-    ) in text
     assert "| `sparseattn` | 41,388 | 4.9 M | 12 MB |" in text
-    assert "40 µs an image; coarse 75%, head 25%. `predict_proba` does 1.0%" in text
-    assert text.endswith("Machine: a processor, 2 threads; torch 2.13, openvino 1.0.")
-    assert efficiency.tables({}) == "Machine: nothing measured yet."
+    assert "| coarse | 30.0 | 75.0% | 0.30 M | 20.0 | 20.0% |" in text
+    assert "| Python and validation | 10.0 | 25.0% | - | - | - |" in text
+    assert "| `predict_proba` | 40.0 | 100.0% | 0.30 M | 15.0 | 15.0% |" in text
+    assert "| noise | 5,000 | 2.0e-06 | **2.0e-05** | 3.0e-06 | 7.0 | 1.00% |" in text
+    assert text.endswith(
+        "Machine: a processor, 2 threads; torch 2.13, openvino 1.0. The compiled engine ran."
+    )
+    assert tables.tables({}) == "Machine: nothing measured yet."
+
+
+def test_what_is_to_be_reached_stands_beside_what_is(tables):
+    def latency(p50, p99):
+        return {"n": 7, "p50": p50, "p99": p99}
+
+    contestants = CONTESTANTS | {
+        "mobilenetv2/eager": contestant("mobilenetv2", "eager", "fp32", 10.0, 9.0, 12.0),
+        "mobilenetv2/openvino_bf16": contestant("mobilenetv2", "openvino_bf16", "bf16", 50.0, 45.0, 60.0),
+    }
+    calls = {
+        "sparseattn": latency(0.001, 0.004),
+        "mobilenetv2/eager": latency(0.004, 0.008),
+        "mobilenetv2/openvino_bf16": latency(0.0016, 0.0072),
+    }
+    results = {"throughput": {"contestants": contestants}, "latency": {"calls": calls}}
+    lines = tables.summary(results, "sparseattn")
+    against = "| images/s, against"
+    any_precision = "the fastest in any precision, openvino_bf16"
+    for expected in (
+        f"{against} `mobilenetv2`, the fastest in fp32, eager | 10.0 × (10.0-10.0) | ≥ 6.4 × | yes |",
+        f"{against} `mobilenetv2`, {any_precision} | 2.0 × (2.0-2.0) | ≥ 3 × | **no** |",
+        f"{against} `resnet50`, the fastest in fp32, openvino | 4.0 × (3.0-5.0) | ≥ 29.6 × | **no** |",
+        f"{against} `resnet50`, {any_precision} | 2.5 × (1.5-120.0) | - |  |",
+        "| one image, p50, against `mobilenetv2`, the quickest in fp32, eager "
+        "| 1.00 / 4.00 ms = 0.25 | ≤ 0.5 | yes |",
+        "| one image, p50, against `mobilenetv2`, the quickest in any precision, openvino_bf16 "
+        "| 1.00 / 1.60 ms = 0.62 | ≤ 0.5 | **no** |",
+        "| one image, p99 / p50 | 4.00; `mobilenetv2`'s own, openvino_bf16: 4.50 "
+        "| ≤ 3, or the peer's own | yes |",
+    ):
+        assert expected in lines
 
 
 def test_what_is_not_installed_is_left_out(efficiency, tmp_path, monkeypatch, capsys):
@@ -211,10 +348,25 @@ def test_efficiency_quick(efficiency, tmp_path, monkeypatch, capsys):
     """All sections, against the smallest peer in the runtimes that start fast."""
     for name in efficiency.RUNTIMES.keys() - {"eager", "channels_last", "onnxruntime"}:
         monkeypatch.delitem(efficiency.RUNTIMES, name)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between turns
+    in_child, memory_use = efficiency.in_child, sys.modules["memory_use"]
+
+    def one_child(**spec):
+        """Of ours for real; the peer's work is done here, to save a process."""
+        if spec["work"] == "predict":
+            return in_child(**spec)
+        memory_use.CHILD_WORK["peer"](spec, {})
+        return {"growth_mb": 1.0}
+
+    monkeypatch.setattr(efficiency, "in_child", one_child)
     path, document = into(tmp_path, efficiency, monkeypatch)
     efficiency.main(["--quick", "--peers", "lenet", "--threads", "1"])
     results = efficiency.recorded(path)
-    assert {"cost", "throughput", "latency", "memory", "profile"} <= set(results)
+    assert {"cost", "throughput", "latency", "memory", "profile", "accuracy"} <= set(results)
+    assert all(results[section]["engine"] for section in ("throughput", "latency", "profile"))
+    exact = results["accuracy"]["sets"]
+    assert [run["images"] for run in exact.values()] == [20, 20]
+    assert all(max(run["probability"], run["score"]) < 1e-5 for run in exact.values())
     contestants = results["throughput"]["contestants"]
     assert {"sparseattn", "lenet/eager", "lenet/channels_last"} <= set(contestants)
     assert set(results["latency"]["calls"]) == set(contestants)
@@ -307,6 +459,7 @@ def test_tables_of_scaling(scaling):
 def test_scaling_quick(scaling, tmp_path, monkeypatch, capsys):
     """Measure, take up again, draw; memory is measured for real in the run of efficiency.py."""
     path, document = into(tmp_path, scaling, monkeypatch)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between turns
     specs = []
 
     def no_child(**spec):

@@ -164,22 +164,64 @@ class FineAttention(nn.Module):
         contribution : Tensor of shape (B, k)
             The signed weights w_j.
         """
-        cls = self.cls_token[0]
-        weight, bias = self.key.weight, None
-        if projection is not None:
-            weight, bias = weight @ projection.weight, weight @ projection.bias
+        weight, bias, query, cls_key = self.fold(projection)
         # Without eps, which enters every sum below in closed form instead of in a pass over all tokens.
         key = F.relu(F.linear(tokens, weight, bias))
-        cls_key = F.relu(self.key(cls)) + EPSILON
         total = key.sum(1) + (tokens.shape[1] * EPSILON + cls_key)
 
-        query = self.query(cls) / self.n_heads
         readout = torch.stack([query.expand_as(total), torch.full_like(total, 1 / total.shape[1])], dim=-1)
         readout = readout / total.unsqueeze(-1)
         contribution, attention = (key @ readout + EPSILON * readout.sum(1, keepdim=True)).unbind(-1)
         cls_weight = (cls_key * readout[..., 0]).sum(1, keepdim=True)
 
         pooled = (contribution.unsqueeze(1) @ tokens).squeeze(1)
+        z_fine = self.finish(pooled, contribution.sum(1, keepdim=True), cls_weight, projection)
+        return z_fine, attention, contribution
+
+    def fold(self, projection: nn.Linear | None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Join the weights before and in the keys, and what does not depend on the tokens.
+
+        Parameters
+        ----------
+        projection : nn.Linear or None
+            As in `attend`.
+
+        Returns
+        -------
+        weight : Tensor of shape (width, D)
+            From tokens to keys.
+        bias : Tensor of shape (width,) or None
+            Added to the keys.
+        query : Tensor of shape (1, width)
+            Of the CLS token, divided by the number of heads.
+        cls_key : Tensor of shape (1, width)
+            K+ of the CLS token.
+        """
+        cls = self.cls_token[0]
+        weight, bias = self.key.weight, None
         if projection is not None:
-            pooled = F.linear(pooled, projection.weight) + contribution.sum(1, keepdim=True) * projection.bias
-        return self.value(pooled + cls_weight * cls), attention, contribution
+            weight, bias = weight @ projection.weight, weight @ projection.bias
+        return weight, bias, self.query(cls) / self.n_heads, F.relu(self.key(cls)) + EPSILON
+
+    def finish(
+        self, pooled: Tensor, weight: Tensor, cls_weight: Tensor, projection: nn.Linear | None
+    ) -> Tensor:
+        """Make z_fine of the pooled tokens.
+
+        Parameters
+        ----------
+        pooled : Tensor of shape (B, D)
+            Sum of the tokens by their signed weights w_j.
+        weight, cls_weight : Tensor of shape (B, 1)
+            Sum of w_j over the tokens, and that of the CLS token.
+        projection : nn.Linear or None
+            As in `attend`.
+
+        Returns
+        -------
+        z_fine : Tensor of shape (B, D)
+            (sum_j w_j E_j) W_v.
+        """
+        if projection is not None:
+            pooled = F.linear(pooled, projection.weight) + weight * projection.bias
+        return self.value(pooled + cls_weight * self.cls_token[0])

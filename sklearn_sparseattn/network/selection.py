@@ -6,6 +6,8 @@ No parameters are learned here, and nothing here is differentiated through the c
 import torch
 from torch import Tensor
 
+from . import branch
+
 
 def select_pixels(scores: Tensor, k: int) -> Tensor:
     """Indices of the k highest scores of each image, best first, a tie to the lower index.
@@ -64,6 +66,9 @@ def select_pixel_set(scores: Tensor, k: int) -> Tensor:
     n_images, n_pixels = flat.shape
     if k == n_pixels:
         return torch.arange(k, device=flat.device).expand(n_images, k)
+    chosen_by_code = branch.select(flat, k)
+    if chosen_by_code is not None:
+        return chosen_by_code
     threshold = flat.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
     above = flat > threshold
     tied = flat == threshold

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .branch import TokenBranch, is_compiled
 from .coarse import CoarseAttention
 from .context import TokenContext
 from .fine import FineAttention, PixelEmbedding
@@ -77,6 +78,8 @@ class SparseAttnNet(nn.Module):
         A buffer, so that it is saved and restored with the weights; `DynamicK` moves it.
     form : dict
         The other arguments it was made with.
+    compiled : bool
+        Whether compiled code may stand in for `hidden_tokens` and `fine`; False if one of them is changed.
 
     Notes
     -----
@@ -137,6 +140,7 @@ class SparseAttnNet(nn.Module):
             "normalize_fine": normalize_fine,
             "variant": variant,
         }
+        self.compiled = True
         channels = (8, 16) if variant == "context" else (8, 16, 24)
         self.coarse = CoarseAttention(n_channels, channels, strides)
         self.context = TokenContext(channels, self.coarse.steps, embed_dim) if variant == "context" else None
@@ -161,8 +165,7 @@ class SparseAttnNet(nn.Module):
         """
         scores, z_coarse, maps = self.coarse.look(images)
         pixels = self.choose(images, scores)
-        hidden = self.hidden_tokens(images, pixels, scores, maps)
-        z_fine, attention, contribution = self.fine.attend(hidden, self.embedding.out)
+        z_fine, attention, contribution = self.attend(images, pixels, scores, maps)
         features = torch.cat([self.fine_norm(z_fine), z_coarse], dim=1)
         return SparseAttnOutput(self.fusion(features), features, scores, pixels, attention, contribution)
 
@@ -182,6 +185,43 @@ class SparseAttnNet(nn.Module):
             The k with the highest scores, ascending.
         """
         return select_pixel_set(scores, self.n_chosen(scores[0].numel()))
+
+    def attend(
+        self, images: Tensor, pixels: Tensor, scores: Tensor, maps: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Make the tokens of the chosen pixels, and pool them.
+
+        In compiled code where that can be; then attention and contribution have no gradients.
+
+        Parameters
+        ----------
+        images : Tensor of shape (B, C, H, W)
+            The images.
+        pixels : Tensor of shape (B, k), int64
+            The chosen pixels.
+        scores : Tensor of shape (B, H, W)
+            Coarse attention before the sigmoid.
+        maps : tuple of Tensor
+            Coarse features, see `CoarseLook`.
+
+        Returns
+        -------
+        z_fine, attention, contribution : Tensor
+            As from `FineAttention.attend`.
+        """
+        fine, out = self.fine, self.embedding.out
+        widths = fine.key.weight.shape[::-1]
+        if not (self.context is not None and self.compiled and is_compiled(images, maps, *widths)):
+            return fine.attend(self.hidden_tokens(images, pixels, scores, maps), out)
+        gates = scores.flatten(1).gather(1, pixels).sigmoid()
+        first = self.embedding.first
+        kernels = [layer.weight for layer in self.context.convolve]
+        weights = (first.weight, first.bias, *kernels, *fine.fold(out))
+        *sums, attention, contribution = TokenBranch.apply(
+            images, pixels, self.context.steps, gates, *maps, *weights
+        )
+        pooled, weight, cls_weight = sums
+        return fine.finish(pooled, weight, cls_weight, out), attention, contribution
 
     def hidden_tokens(
         self, images: Tensor, pixels: Tensor, scores: Tensor, maps: tuple[Tensor, ...]

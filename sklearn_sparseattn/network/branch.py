@@ -1,0 +1,272 @@
+"""Selection and the sparse branch in compiled code (`_branch.c`), for training on a CPU, with gradients.
+
+It computes what `SparseAttnNet` says in PyTorch, an image at a time, so that the tokens of an image stay in
+the cache: several times as fast, with little memory, and the same bits with any number of threads.
+"""
+
+import ctypes
+import importlib.util
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .fine import EPSILON
+
+_LANES = 8
+_N_MAPS = 2
+_Maps = ctypes.c_void_p * _N_MAPS
+_Counts = ctypes.c_int32 * _N_MAPS
+
+
+class _Branch(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("height", "width", "n_channels", "k", "embed_dim", "key_dim")),
+        *((name, _Counts) for name in ("rows", "columns", "channels", "shifts")),
+        ("epsilon", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("images", "pixels", "gates")),
+        ("maps", _Maps),
+        *((name, ctypes.c_void_p) for name in ("first", "first_bias")),
+        ("convolve", _Maps),
+        ("back", _Maps),
+        *((name, ctypes.c_void_p) for name in ("key", "key_bias", "key_back", "query", "cls_key")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("pooled", "weight", "cls_weight", "attention", "contribution")
+        ),
+        *((name, ctypes.c_void_p) for name in ("d_pooled", "d_weight", "d_cls_weight", "d_gates")),
+        ("d_maps", _Maps),
+        *((name, ctypes.c_void_p) for name in ("d_first", "d_first_bias")),
+        ("d_convolve", _Maps),
+        *((name, ctypes.c_void_p) for name in ("d_key", "d_key_bias", "d_query", "d_cls_key")),
+    ]
+
+
+def _load_library() -> Any:
+    """The compiled code, if it was built with the package; else None."""
+    spec = importlib.util.find_spec("._branch", __package__)
+    if spec is None or spec.origin is None:
+        return None
+    library = ctypes.CDLL(spec.origin)
+    library.sparseattn_branch_size.restype = ctypes.c_int64
+    if library.sparseattn_branch_size() != ctypes.sizeof(_Branch):
+        raise ImportError(f"{spec.origin} was built from other sources: install sklearn-sparseattn again.")
+    library.sparseattn_branch.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32]
+    library.sparseattn_select.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
+    ]
+    return library
+
+
+_LIBRARY = _load_library()
+
+
+def is_compiled(images: Tensor, maps: tuple[Tensor, ...], embed_dim: int, key_dim: int) -> bool:
+    """Whether the compiled branch can do these images.
+
+    Parameters
+    ----------
+    images : Tensor of shape (B, C, H, W)
+        The images.
+    maps : tuple of Tensor (B, channels, h, w)
+        Coarse features.
+    embed_dim, key_dim : int
+        Widths of a token and of its keys.
+
+    Returns
+    -------
+    bool
+        True for float32 on a CPU, images without gradient, and widths that fill vectors.
+    """
+    return (
+        _LIBRARY is not None
+        and images.device.type == "cpu"
+        and images.dtype == torch.float32 == maps[0].dtype
+        and not images.requires_grad
+        and len(maps) == _N_MAPS
+        and embed_dim % _LANES == key_dim % (2 * _LANES) == 0
+        and all(cells.shape[1] % _LANES == 0 for cells in maps)
+    )
+
+
+def select(scores: Tensor, k: int) -> Tensor | None:
+    """Choose pixels as `select_pixel_set` does, in compiled code.
+
+    Parameters
+    ----------
+    scores : Tensor of shape (B, N)
+        One score a pixel.
+    k : int
+        Pixels to choose, 1 <= k <= N.
+
+    Returns
+    -------
+    indices : Tensor of shape (B, k), int64, or None
+        Ascending; None if compiled code cannot do it: elsewhere than on a CPU, not in float32, not finite.
+    """
+    if _LIBRARY is None or scores.device.type != "cpu" or scores.dtype != torch.float32:
+        return None
+    scores = scores.contiguous()
+    n_images, n_pixels = scores.shape
+    indices = torch.empty(n_images, k, dtype=torch.int64)
+    failed = _LIBRARY.sparseattn_select(scores.data_ptr(), n_images, n_pixels, k, indices.data_ptr())
+    return None if failed else indices
+
+
+class TokenBranch(torch.autograd.Function):
+    """Chosen pixels -> their pooled tokens; the mathematics is in `SparseAttnNet` and `FineAttention`.
+
+    With h_j the gated hidden token of pixel j and w_j its signed weight, the results are the sum of w_j h_j,
+    that of w_j, and the weight of the CLS token; and, without gradients, attention and contribution.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Tensor,
+        pixels: Tensor,
+        steps: tuple[int, ...],
+        gates: Tensor,
+        early: Tensor,
+        middle: Tensor,
+        first: Tensor,
+        first_bias: Tensor,
+        convolve_early: Tensor,
+        convolve_middle: Tensor,
+        key: Tensor,
+        key_bias: Tensor,
+        query: Tensor,
+        cls_key: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Weights are as PyTorch's layers have them; the rest as in `_branch.c`."""
+        maps, convolve = (early, middle), (convolve_early, convolve_middle)
+        linear = (first, first_bias, key, key_bias, query, cls_key)
+        ctx.save_for_backward(images, pixels, gates, *maps, *convolve, *linear)
+        ctx.steps = steps
+        branch, _ = _describe(images, pixels, steps, gates, maps, convolve, *linear)
+        n_images, k = pixels.shape
+        results = {
+            "pooled": torch.empty(n_images, branch.embed_dim),
+            "weight": torch.empty(n_images, 1),
+            "cls_weight": torch.empty(n_images, 1),
+            "attention": torch.empty(n_images, k),
+            "contribution": torch.empty(n_images, k),
+        }
+        _point(branch, results)
+        _run(branch, n_images, is_back=False)
+        results["attention"] /= branch.key_dim
+        ctx.mark_non_differentiable(results["attention"], results["contribution"])
+        return tuple(results.values())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the weights come by image and are summed here, in an order that never changes."""
+        images, pixels, gates, *rest = ctx.saved_tensors
+        maps, convolve, linear = rest[:_N_MAPS], rest[_N_MAPS : 2 * _N_MAPS], rest[2 * _N_MAPS :]
+        branch, kept = _describe(images, pixels, ctx.steps, gates, maps, convolve, *linear)
+        n_images, k = pixels.shape
+        size, numbers, n_keys = branch.embed_dim, 2 + branch.n_channels, branch.key_dim
+        given = dict(zip(("d_pooled", "d_weight", "d_cls_weight"), gradients[:3], strict=True))
+        given = {name: gradient.contiguous() for name, gradient in given.items()}
+        shapes = {
+            "d_gates": (k,),
+            "d_first": (numbers, size),
+            "d_first_bias": (size,),
+            "d_key": (size, n_keys),
+            "d_key_bias": (n_keys,),
+            "d_query": (n_keys,),
+            "d_cls_key": (n_keys,),
+        }
+        found = {name: torch.zeros(n_images, *shape) for name, shape in shapes.items()}
+        by_cell = [torch.empty_like(cells) for cells in kept[:_N_MAPS]]
+        by_image = [torch.zeros(n_images, 9, cells.shape[-1], size) for cells in by_cell]
+        _point(branch, given | found)
+        branch.d_maps[:] = [cells.data_ptr() for cells in by_cell]
+        branch.d_convolve[:] = [weight.data_ptr() for weight in by_image]
+        _run(branch, n_images, is_back=True)
+        d_maps = [cells.permute(0, 3, 1, 2) for cells in by_cell]
+        d_convolve = [weight.sum(0).reshape(3, 3, -1, size).permute(3, 2, 0, 1) for weight in by_image]
+        summed = {name: gradient.sum(0) for name, gradient in found.items() if name != "d_gates"}
+        return (
+            *(None, None, None, found["d_gates"], *d_maps),
+            *(summed["d_first"].T, summed["d_first_bias"], *d_convolve),
+            *(summed["d_key"].T, summed["d_key_bias"], summed["d_query"][None], summed["d_cls_key"][None]),
+        )
+
+
+def _describe(
+    images: Tensor,
+    pixels: Tensor,
+    steps: tuple[int, ...],
+    gates: Tensor,
+    coarse_maps: Sequence[Tensor],
+    kernels: Sequence[Tensor],
+    first: Tensor,
+    first_bias: Tensor,
+    key: Tensor,
+    key_bias: Tensor,
+    query: Tensor,
+    cls_key: Tensor,
+) -> tuple[_Branch, list[Tensor]]:
+    """What `_branch.c` is given, and the tensors that must live as long; the maps come first among these."""
+    _, n_channels, height, width = images.shape
+    maps = [cells.permute(0, 2, 3, 1).contiguous() for cells in coarse_maps]
+    convolve = [kernel.permute(2, 3, 1, 0).contiguous() for kernel in kernels]
+    back = [kernel.permute(0, 2, 3, 1).contiguous() for kernel in kernels]
+    plain = {
+        "images": images,
+        "pixels": pixels,
+        "gates": gates,
+        "first": first.T,
+        "first_bias": first_bias,
+        "key": key.T,
+        "key_bias": key_bias,
+        "key_back": key,
+        "query": query,
+        "cls_key": cls_key,
+    }
+    plain = {name: tensor.contiguous() for name, tensor in plain.items()}
+    branch = _Branch(
+        height=height,
+        width=width,
+        n_channels=n_channels,
+        k=pixels.shape[1],
+        embed_dim=len(first),
+        key_dim=len(key),
+        rows=_Counts(*(cells.shape[1] for cells in maps)),
+        columns=_Counts(*(cells.shape[2] for cells in maps)),
+        channels=_Counts(*(cells.shape[3] for cells in maps)),
+        shifts=_Counts(*(step.bit_length() - 1 for step in steps)),
+        epsilon=EPSILON,
+        maps=_Maps(*(cells.data_ptr() for cells in maps)),
+        convolve=_Maps(*(weight.data_ptr() for weight in convolve)),
+        back=_Maps(*(weight.data_ptr() for weight in back)),
+    )
+    _point(branch, plain)
+    return branch, [*maps, *convolve, *back, *plain.values()]
+
+
+def _point(branch: _Branch, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        setattr(branch, name, tensor.data_ptr())
+
+
+def _run(branch: _Branch, n_images: int, *, is_back: bool) -> None:
+    """All images, shared out among as many threads as PyTorch has."""
+    address, n_threads = ctypes.addressof(branch), min(torch.get_num_threads(), n_images)
+    cuts = [n_images * i // n_threads for i in range(n_threads + 1)]
+
+    def run(begin: int, end: int) -> int:
+        return _LIBRARY.sparseattn_branch(address, begin, end, is_back)
+
+    if n_threads == 1:
+        failed = [run(0, n_images)]
+    else:
+        with ThreadPoolExecutor(n_threads) as pool:
+            failed = list(pool.map(run, cuts[:-1], cuts[1:]))
+    if any(failed):
+        raise MemoryError("no memory for the tokens of an image")
