@@ -14,6 +14,7 @@
 #define N_MAPS 2
 #define BLOCK 6  /* tokens of a product */
 #define GROUP 3  /* cells of a product */
+#define NEAR 40  /* rows of an outer product */
 #define CHUNK 60 /* tokens that go through all steps together */
 
 /* Filled in by branch.py, which has the same fields in the same order. Those that start with d_ are gradients,
@@ -98,7 +99,7 @@ INLINE void add_outer_lanes(const float *from, size_t n_x, const float *by, size
         UNROLL for (int l = 0; l < n_lanes; l++) store(to + (x + c) * n_y + y + l * LANES, sums[c * n_lanes + l]);
 }
 
-INLINE void add_outer(const float *from, size_t n_x, const float *by, size_t n_y, int32_t n_rows, float *to) {
+INLINE void add_outer_some(const float *from, size_t n_x, const float *by, size_t n_y, int32_t n_rows, float *to) {
     size_t y = 0;
     for (; y + 4 * LANES <= n_y; y += 4 * LANES) {
         size_t x = 0;
@@ -107,6 +108,11 @@ INLINE void add_outer(const float *from, size_t n_x, const float *by, size_t n_y
     }
     for (; y < n_y; y += LANES)
         for (size_t x = 0; x < n_x; x++) add_outer_lanes(from, n_x, by, n_y, n_rows, to, x, y, 1, 1);
+}
+
+INLINE void add_outer(const float *from, size_t n_x, const float *by, size_t n_y, int32_t n_rows, float *to) {
+    for (int32_t row = 0; row < n_rows; row += NEAR) /* few enough rows to stay in the nearest cache */
+        add_outer_some(from + row * n_x, n_x, by + row * n_y, n_y, n_rows - row < NEAR ? n_rows - row : NEAR, to);
 }
 
 /* to = from @ weight, (n_rows, n_outputs), BLOCK rows at a time; both have room for the last block. */
