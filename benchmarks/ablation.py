@@ -149,7 +149,7 @@ VARIANTS = {
     "n_heads=4": {"n_heads": 4},
     "lr=5e-3": {"lr": 5e-3},
     "lr=2e-2": {"lr": 2e-2},
-    "max_epochs=60": {"max_epochs": 60},
+    "max_epochs=30": {"max_epochs": 30},
     "batch_size=64": {"batch_size": 64},
     "weight_decay=1e-2": {"weight_decay": 1e-2},
     "early_stopping": {"early_stopping": True},

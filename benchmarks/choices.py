@@ -24,7 +24,7 @@ CHOICES = {
     "lr=1e-3": {"lr": 1e-3},
     "lr=1e-3, lr_schedule='plateau' (the paper's)": {"lr": 1e-3, "lr_schedule": "plateau"},
     "max_epochs=15": {"max_epochs": 15},
-    "max_epochs=60": {"max_epochs": 60},
+    "max_epochs=30": {"max_epochs": 30},
 }
 
 

@@ -69,7 +69,7 @@ class SparseAttnClassifier(FittedNetwork):
         Learning rate of AdamW, with "onecycle" its peak, and its weight decay.
     lr_schedule : {"onecycle", "plateau"} or None, default="onecycle"
         "plateau" multiplies the rate by 0.9 after 5 epochs without gain, as in the paper.
-    max_epochs : int, default=30
+    max_epochs : int, default=60
         Passes over the training rows.
     batch_size : int, default=32
         Greatest number of rows in a batch; batches are of nearly equal size, and of two rows at least.
@@ -212,7 +212,7 @@ class SparseAttnClassifier(FittedNetwork):
         lr=1e-2,
         weight_decay=1e-4,
         lr_schedule="onecycle",
-        max_epochs=30,
+        max_epochs=60,
         batch_size=32,
         augment=None,
         image_shape=None,

@@ -199,9 +199,11 @@ INLINE void make_tokens(const Branch *b, Scratch *s, const float *image, const i
         numbers[0] = (2 * column + 1.0f) / b->width - 1;
         numbers[1] = (2 * row + 1.0f) / b->height - 1;
         for (int32_t c = 0; c < b->n_channels; c++) numbers[2 + c] = image[c * n_pixels + pixels[t]];
-        const float *early = s->context[0] + s->cells[0][t] * D, *middle = s->context[1] + s->cells[1][t] * D;
+        const float *context[N_MAPS];
+        UNROLL for (int m = 0; m < N_MAPS; m++) context[m] = s->context[m] + s->cells[m][t] * D;
         for (size_t d = 0; d < D; d += LANES) {
-            lanes sum = load(b->first_bias + d) + load(early + d) + load(middle + d);
+            lanes sum = load(b->first_bias + d);
+            UNROLL for (int m = 0; m < N_MAPS; m++) sum += load(context[m] + d);
             for (size_t n = 0; n < n_numbers; n++) sum += numbers[n] * load(b->first + n * D + d);
             store(s->tokens + t * D + d, rectified(sum));
         }

@@ -6,7 +6,6 @@ the cache: several times as fast, with little memory, and the same bits with any
 
 import ctypes
 import importlib.util
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -130,30 +129,22 @@ class TokenBranch(torch.autograd.Function):
         pixels: Tensor,
         steps: tuple[int, ...],
         gates: Tensor,
-        early: Tensor,
-        middle: Tensor,
-        first: Tensor,
-        first_bias: Tensor,
-        convolve_early: Tensor,
-        convolve_middle: Tensor,
-        key: Tensor,
-        key_bias: Tensor,
-        query: Tensor,
-        cls_key: Tensor,
+        *learned: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Weights are as PyTorch's layers have them; the rest as in `_branch.c`."""
-        maps, convolve = (early, middle), (convolve_early, convolve_middle)
-        linear = (first, first_bias, key, key_bias, query, cls_key)
-        ctx.save_for_backward(images, pixels, gates, *maps, *convolve, *linear)
+        """`learned` are maps, their kernels, W1, b1, keys, their bias, then query and key of the CLS token.
+
+        Weights are as PyTorch's layers have them; the rest as in `_branch.c`.
+        """
+        ctx.save_for_backward(images, pixels, gates, *learned)
         ctx.steps = steps
-        branch, _ = _describe(images, pixels, steps, gates, maps, convolve, *linear)
+        branch, _ = _describe(images, pixels, steps, gates, *learned)
         n_images, k = pixels.shape
         results = {
-            "pooled": torch.empty(n_images, branch.embed_dim),
-            "weight": torch.empty(n_images, 1),
-            "cls_weight": torch.empty(n_images, 1),
-            "attention": torch.empty(n_images, k),
-            "contribution": torch.empty(n_images, k),
+            "pooled": images.new_empty(n_images, branch.embed_dim),
+            "weight": images.new_empty(n_images, 1),
+            "cls_weight": images.new_empty(n_images, 1),
+            "attention": images.new_empty(n_images, k),
+            "contribution": images.new_empty(n_images, k),
         }
         _point(branch, results)
         _run(branch, n_images, is_back=False)
@@ -165,9 +156,8 @@ class TokenBranch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the weights come by image and are summed here, in an order that never changes."""
-        images, pixels, gates, *rest = ctx.saved_tensors
-        maps, convolve, linear = rest[:_N_MAPS], rest[_N_MAPS : 2 * _N_MAPS], rest[2 * _N_MAPS :]
-        branch, kept = _describe(images, pixels, ctx.steps, gates, maps, convolve, *linear)
+        images, pixels, *rest = ctx.saved_tensors
+        branch, kept = _describe(images, pixels, ctx.steps, *rest)
         n_images, k = pixels.shape
         size, numbers, n_keys = branch.embed_dim, 2 + branch.n_channels, branch.key_dim
         given = dict(zip(("d_pooled", "d_weight", "d_cls_weight"), gradients[:3], strict=True))
@@ -181,9 +171,9 @@ class TokenBranch(torch.autograd.Function):
             "d_query": (n_keys,),
             "d_cls_key": (n_keys,),
         }
-        found = {name: torch.zeros(n_images, *shape) for name, shape in shapes.items()}
+        found = {name: images.new_zeros(n_images, *shape) for name, shape in shapes.items()}
         by_cell = [torch.empty_like(cells) for cells in kept[:_N_MAPS]]
-        by_image = [torch.zeros(n_images, 9, cells.shape[-1], size) for cells in by_cell]
+        by_image = [images.new_zeros(n_images, 9, cells.shape[-1], size) for cells in by_cell]
         _point(branch, given | found)
         branch.d_maps[:] = [cells.data_ptr() for cells in by_cell]
         branch.d_convolve[:] = [weight.data_ptr() for weight in by_image]
@@ -193,7 +183,7 @@ class TokenBranch(torch.autograd.Function):
         summed = {name: gradient.sum(0) for name, gradient in found.items() if name != "d_gates"}
         return (
             *(None, None, None, found["d_gates"], *d_maps),
-            *(summed["d_first"].T, summed["d_first_bias"], *d_convolve),
+            *(*d_convolve, summed["d_first"].T, summed["d_first_bias"]),
             *(summed["d_key"].T, summed["d_key_bias"], summed["d_query"][None], summed["d_cls_key"][None]),
         )
 
@@ -203,17 +193,12 @@ def _describe(
     pixels: Tensor,
     steps: tuple[int, ...],
     gates: Tensor,
-    coarse_maps: Sequence[Tensor],
-    kernels: Sequence[Tensor],
-    first: Tensor,
-    first_bias: Tensor,
-    key: Tensor,
-    key_bias: Tensor,
-    query: Tensor,
-    cls_key: Tensor,
+    *learned: Tensor,
 ) -> tuple[_Branch, list[Tensor]]:
     """What `_branch.c` is given, and the tensors that must live as long; the maps come first among these."""
     _, n_channels, height, width = images.shape
+    coarse_maps, kernels = learned[:_N_MAPS], learned[_N_MAPS : 2 * _N_MAPS]
+    first, first_bias, key, key_bias, query, cls_key = learned[2 * _N_MAPS :]
     maps = [cells.permute(0, 2, 3, 1).contiguous() for cells in coarse_maps]
     convolve = [kernel.permute(2, 3, 1, 0).contiguous() for kernel in kernels]
     back = [kernel.permute(0, 2, 3, 1).contiguous() for kernel in kernels]

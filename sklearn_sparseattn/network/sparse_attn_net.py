@@ -216,7 +216,7 @@ class SparseAttnNet(nn.Module):
         gates = scores.flatten(1).gather(1, pixels).sigmoid()
         first = self.embedding.first
         kernels = [layer.weight for layer in self.context.convolve]
-        weights = (first.weight, first.bias, *kernels, *fine.fold(out))
+        weights = (*kernels, first.weight, first.bias, *fine.fold(out))
         *sums, attention, contribution = TokenBranch.apply(
             images, pixels, self.context.steps, gates, *maps, *weights
         )

@@ -59,7 +59,7 @@ def assert_as_pytorch(shape, k, seed=0, **options):
     # PyTorch's own float32 is no nearer: batch norm of few rows magnifies what is rounded.
     _, rounded = gradients_of(in_pytorch(network, found.pixels, torch.float32), images)
     for name, gradient in gradients.items():
-        size = exact[name].abs().max() + 1e-3
+        size = exact[name].abs().max() + 1e-2
         error, usual = ((g.double() - exact[name]).abs().max() / size for g in (gradient, rounded[name]))
         assert error <= max(1e-3, 5 * usual), f"{name}: {error}, in PyTorch {usual}"
 
@@ -71,7 +71,7 @@ def assert_as_pytorch(shape, k, seed=0, **options):
         ((3, 1, 135, 135), 2146),
         ((3, 2, 9, 7), 63),
         ((4, 1, 1, 30), 4),
-        ((4, 1, 30, 1), 1),
+        ((4, 1, 30, 1), 3),
         ((4, 5, 2, 2), 4),
         ((7, 1, 20, 33), 100),
         ((2, 1, 61, 61), 61),
@@ -102,7 +102,7 @@ def test_the_same_bits_with_any_number_of_threads(n_threads):
     generator = torch.Generator().manual_seed(0)
     images = make_images((7, 1, 40, 40))
     pixels = torch.stack([torch.randperm(1600, generator=generator)[:200].sort()[0] for _ in range(7)])
-    shapes = [(7, 200), (7, 8, 20, 20), (7, 16, 10, 10), (32, 3), (32,), (32, 8, 3, 3), (32, 16, 3, 3)]
+    shapes = [(7, 200), (7, 8, 20, 20), (7, 16, 10, 10), (32, 8, 3, 3), (32, 16, 3, 3), (32, 3), (32,)]
     shapes += [(32, 32), (32,), (1, 32), (1, 32)]
     tensors = [torch.rand(shape, generator=generator) - 0.3 for shape in shapes]
     before = torch.get_num_threads()
@@ -122,7 +122,7 @@ def test_the_same_bits_with_any_number_of_threads(n_threads):
 
 
 def test_when_pytorch_has_to_do_it():
-    images, maps = torch.zeros(2, 1, 8, 8), (torch.zeros(2, 8, 8, 8), torch.zeros(2, 16, 8, 8))
+    images, maps = torch.zeros(2, 1, 8, 8), tuple(torch.zeros(2, n, 8, 8) for n in (8, 16))
     assert branch.is_compiled(images, maps, 32, 32)
     assert not branch.is_compiled(images.double(), maps, 32, 32)
     assert not branch.is_compiled(images, tuple(cells.double() for cells in maps), 32, 32)
@@ -131,7 +131,7 @@ def test_when_pytorch_has_to_do_it():
     assert not branch.is_compiled(images, maps[:1], 32, 32)
     assert not branch.is_compiled(images, maps, 33, 32)
     assert not branch.is_compiled(images, maps, 32, 8)
-    assert not branch.is_compiled(images, (torch.zeros(2, 3, 8, 8), maps[1]), 32, 32)
+    assert not branch.is_compiled(images, (torch.zeros(2, 3, 8, 8), *maps[1:]), 32, 32)
 
 
 def test_without_compiled_code_pytorch_does_it(monkeypatch):
