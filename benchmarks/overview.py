@@ -55,7 +55,8 @@ def digits(seed):
 def cost(seed):
     """Parameters, multiply-adds and throughput at the paper's size, k = 2146 of 135×135, three classes."""
     cells = make_cells(256, image_size=135, random_state=seed)
-    clf = SparseAttnClassifier(k_init=2146, k_min=2146, k_max=2146, max_epochs=1, random_state=seed)
+    fixed = {"k_init": 2146, "k_min": 2146, "k_max": 2146}
+    clf = SparseAttnClassifier(**fixed, max_epochs=1, n_jobs=-1, random_state=seed)
     clf.fit(cells.images, cells.target)
     network = copy.deepcopy(clf.network_)
     network.compiled = False  # what compiled code does is not counted
@@ -144,7 +145,7 @@ def tables(results, results_of_accuracy):
         "",
         f"At 135×135, one channel, k = 2146: {run['parameters']:,} parameters, "
         f"{run['multiply_adds'] / 1e6:.1f} M multiply-adds, {run['images_per_second']:.0f} images/s through "
-        f"`predict_proba` (float64) on {where['threads']} threads.",
+        f"`predict_proba` with n_jobs=-1 on {where['cores']} cores.",
         "",
         f"Machine: {where['processor']}, torch {where['torch']}, scikit-learn {where['scikit-learn']}. Made "
         "from `benchmarks/accuracy.json` and `overview.json` by `benchmarks/overview.py`.",

@@ -6,6 +6,7 @@ Where there is no compiled code, or the network is not the plain one of this pac
 
 import ctypes
 import importlib.util
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 
 from ..images import ImageShape, PixelScale
 from ..network import CoarseAttention, FusionClassifier, SparseAttnNet
+from ..network.branch import MOST_PIXELS
 
 PARTS = ("coarse", "selection", "tokens", "head")  # whose time is taken
 
@@ -118,9 +120,10 @@ class Engine:
         Returns
         -------
         Engine or None
-            None if there is no compiled code, the network is elsewhere than on the CPU, or not the plain one.
+            None if there is no compiled code, the images are too large for it, or the network is elsewhere
+            than on the CPU or not the plain one.
         """
-        if _LIBRARY is None or not _is_plain(network):
+        if _LIBRARY is None or math.prod(image_shape[:2]) > MOST_PIXELS or not _is_plain(network):
             return None
         return cls(network, image_shape, scale)
 

@@ -21,7 +21,7 @@
    NULL on the way there. */
 typedef struct {
     int32_t height, width, n_channels, k, embed_dim, key_dim;
-    int32_t rows[N_MAPS], columns[N_MAPS], channels[N_MAPS], shifts[N_MAPS];
+    int32_t rows[N_MAPS], columns[N_MAPS], channels[N_MAPS], steps[N_MAPS];
     float epsilon;
     const float *images;                  /* (B, n_channels, height, width) */
     const int64_t *pixels;                /* (B, k) */
@@ -143,12 +143,13 @@ INLINE void product(const float *from, int32_t n_inputs, const float *weight, in
 
 /* The cell nearest to each pixel, and each such cell once. */
 INLINE void find_cells(const Branch *b, Scratch *s, int m, const int64_t *pixels) {
-    int32_t shift = b->shifts[m], half = (1 << shift) / 2, found = 0, row = 0, end = b->width, before = -1;
+    int32_t step = b->steps[m], half = step / 2, found = 0, row = 0, end = b->width, before = -1;
+    double factor = 1.0 / step; /* a division takes long; for int32, half a pixel is enough for the same result */
     memset(s->is_wanted[m], 0, n_cells(b, m));
     for (int32_t t = 0; t < b->k; t++) {
         int32_t pixel = pixels[t];
         if (pixel >= end || pixel < end - b->width) row = pixel / b->width, end = (row + 1) * b->width;
-        int32_t i = (row + half) >> shift, j = (pixel - (end - b->width) + half) >> shift;
+        int32_t i = (row + half + 0.5) * factor, j = (pixel - (end - b->width) + half + 0.5) * factor;
         i = i < b->rows[m] ? i : b->rows[m] - 1;
         j = j < b->columns[m] ? j : b->columns[m] - 1;
         int32_t cell = s->cells[m][t] = i * b->columns[m] + j;

@@ -18,10 +18,12 @@ typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 12")
 /* A function with everything in it is compiled for several processors; the loader takes the best. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__)
-#define EACH_PROCESSOR __attribute__((flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
+#if !(defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__)) || defined(__clang__)
 #define EACH_PROCESSOR
+#elif __GNUC__ >= 12
+#define EACH_PROCESSOR __attribute__((flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else /* which does not know these names */
+#define EACH_PROCESSOR __attribute__((flatten, target_clones("fma", "default")))
 #endif
 
 INLINE lanes load(const float *from) { return *(const lanes *)from; }

@@ -44,21 +44,33 @@ INLINE float kth_of_few(float *values, int32_t n, int32_t k) {
     return values[k - 1];
 }
 
-/* Halve the range until nothing is left between: for numbers so close that bins cannot tell them apart. */
-INLINE float kth_by_halves(const float *values, int32_t n, int32_t k, float low, float high) {
-    for (;;) { /* at least k are >= low, fewer than k are > high */
-        float middle = low / 2 + high / 2;
-        if (!(middle > low && middle < high)) break;
-        int32_t above = 0;
-        for (int32_t i = 0; i < n; i++) above += values[i] > middle;
-        if (above >= k)
+/* Floats in their order as whole numbers, and back. */
+INLINE int32_t rank_of(float value) {
+    int32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits ^ (bits >> 31 & INT32_MAX);
+}
+
+INLINE float of_rank(int32_t rank) {
+    int32_t bits = rank ^ (rank >> 31 & INT32_MAX);
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* Halve the range of ranks until one is left: for numbers so close that bins cannot tell them apart. As floats,
+   the middle of two small ones would be 0 where PyTorch was told to flush them. */
+INLINE float kth_by_halves(const float *values, int32_t n, int32_t k, float least, float most) {
+    int64_t low = rank_of(least), high = rank_of(most);
+    while (low < high) { /* at least k are >= low, fewer than k are > high */
+        int32_t middle = (low + high + 1) >> 1, from_there = 0;
+        for (int32_t i = 0; i < n; i++) from_there += rank_of(values[i]) >= middle;
+        if (from_there >= k)
             low = middle;
         else
-            high = middle;
+            high = (int64_t)middle - 1;
     }
-    int32_t at_high = 0;
-    for (int32_t i = 0; i < n; i++) at_high += values[i] >= high;
-    return at_high >= k ? high : low;
+    return of_rank(low);
 }
 
 /* The k-th highest of n numbers; `spare`, which has room for n + LANES, is overwritten. */

@@ -17,6 +17,7 @@ from .fine import EPSILON
 
 _LANES = 8
 _N_MAPS = 2
+MOST_PIXELS = 2**30  # of an image: they are counted in int32
 _Maps = ctypes.c_void_p * _N_MAPS
 _Counts = ctypes.c_int32 * _N_MAPS
 
@@ -24,7 +25,7 @@ _Counts = ctypes.c_int32 * _N_MAPS
 class _Branch(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("height", "width", "n_channels", "k", "embed_dim", "key_dim")),
-        *((name, _Counts) for name in ("rows", "columns", "channels", "shifts")),
+        *((name, _Counts) for name in ("rows", "columns", "channels", "steps")),
         ("epsilon", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("images", "pixels", "gates")),
         ("maps", _Maps),
@@ -78,13 +79,14 @@ def is_compiled(images: Tensor, maps: tuple[Tensor, ...], embed_dim: int, key_di
     Returns
     -------
     bool
-        True for float32 on a CPU, images without gradient, and widths that fill vectors.
+        True for float32 on a CPU, images without gradient and not too large, and widths that fill vectors.
     """
     return (
         _LIBRARY is not None
         and images.device.type == "cpu"
         and images.dtype == torch.float32 == maps[0].dtype
         and not images.requires_grad
+        and images.shape[-2:].numel() <= MOST_PIXELS
         and len(maps) == _N_MAPS
         and embed_dim % _LANES == key_dim % (2 * _LANES) == 0
         and all(cells.shape[1] % _LANES == 0 for cells in maps)
@@ -104,12 +106,15 @@ def select(scores: Tensor, k: int) -> Tensor | None:
     Returns
     -------
     indices : Tensor of shape (B, k), int64, or None
-        Ascending; None if compiled code cannot do it: elsewhere than on a CPU, not in float32, not finite.
+        Ascending; None if compiled code cannot do it: elsewhere than on a CPU, not in float32, not finite,
+        or too many.
     """
     if _LIBRARY is None or scores.device.type != "cpu" or scores.dtype != torch.float32:
         return None
-    scores = scores.contiguous()
     n_images, n_pixels = scores.shape
+    if n_pixels > MOST_PIXELS:
+        return None
+    scores = scores.contiguous()
     indices = torch.empty(n_images, k, dtype=torch.int64)
     failed = _LIBRARY.sparseattn_select(scores.data_ptr(), n_images, n_pixels, k, indices.data_ptr())
     return None if failed else indices
@@ -225,7 +230,7 @@ def _describe(
         rows=_Counts(*(cells.shape[1] for cells in maps)),
         columns=_Counts(*(cells.shape[2] for cells in maps)),
         channels=_Counts(*(cells.shape[3] for cells in maps)),
-        shifts=_Counts(*(step.bit_length() - 1 for step in steps)),
+        steps=_Counts(*steps[:_N_MAPS]),
         epsilon=EPSILON,
         maps=_Maps(*(cells.data_ptr() for cells in maps)),
         convolve=_Maps(*(weight.data_ptr() for weight in convolve)),

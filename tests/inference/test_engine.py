@@ -286,6 +286,10 @@ def test_a_changed_network_has_no_engine(change):
     assert Engine.of(changed(change), (8, 8, 1), BYTES) is None
 
 
+def test_images_too_large_to_be_counted_have_no_engine():
+    assert Engine.of(make_network((8, 8, 1), 5), (2**16, 2**15, 1), BYTES) is None
+
+
 def test_without_compiled_code_there_is_no_engine_and_the_answer_is_the_same(monkeypatch):
     shape = (20, 24, 1)
     network = make_network(shape, 60)

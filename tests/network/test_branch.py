@@ -16,7 +16,8 @@ N_CLASSES = 3
 
 def make_network(shape, k, *, seed=0, **options):
     _, n_channels, height, width = shape
-    network = SparseAttnNet(n_channels, N_CLASSES, k, strides=strides_for(height, width), **options)
+    options.setdefault("strides", strides_for(height, width))
+    network = SparseAttnNet(n_channels, N_CLASSES, k, **options)
     network.reset_parameters(torch.Generator().manual_seed(seed))
     with torch.no_grad():
         network.coarse.score.weight.mul_(3)  # so that gates differ
@@ -90,10 +91,12 @@ def test_output_and_gradients(shape, k):
         {"embed_dim": 48, "n_heads": 3},
         {"embed_dim": 64, "n_heads": 2},
         {"normalize_fine": False},
+        {"strides": (3, 2, 1)},
+        {"strides": (1, 5, 1)},
     ],
     ids=str,
 )
-def test_widths(options):
+def test_widths_and_strides(options):
     assert_as_pytorch((4, 2, 25, 18), 60, **options)
 
 
@@ -191,6 +194,23 @@ def test_selection(n, share, kind, seed):
     expected = np.sort(order[:, :k], axis=1)
     np.testing.assert_array_equal(branch.select(torch.from_numpy(scores), k), expected)
     np.testing.assert_array_equal(select_pixel_set(torch.from_numpy(scores), k), expected)
+
+
+def test_selection_where_small_numbers_are_flushed():
+    rng = np.random.default_rng(0)
+    scores = np.float32(1.2e-38) + np.float32(1e-42) * rng.integers(0, 2000, (1, 3000)).astype(np.float32)
+    expected = np.sort(np.argsort(-scores, axis=1, kind="stable")[:, :20], axis=1)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush")
+    try:
+        found = branch.select(torch.from_numpy(scores), 20)
+    finally:
+        torch.set_flush_denormal(False)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_more_scores_than_can_be_counted_are_left_to_pytorch():
+    assert branch.select(torch.zeros(1).expand(1, 2**31), 5) is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
