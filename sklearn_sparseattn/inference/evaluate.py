@@ -125,9 +125,13 @@ def _in_threads(function: Callable[[slice], Pass], pieces: Iterator[slice], n_th
     """As `map`, but ahead by two pieces a thread: memory stays bounded."""
     with ThreadPoolExecutor(n_threads) as pool:
         waiting: deque[Future[Pass]] = deque()
-        for piece in pieces:
-            waiting.append(pool.submit(function, piece))
-            if len(waiting) > 2 * n_threads:
+        try:
+            for piece in pieces:
+                waiting.append(pool.submit(function, piece))
+                if len(waiting) > 2 * n_threads:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:  # after an error what has not begun is left
+            for future in waiting:
+                future.cancel()

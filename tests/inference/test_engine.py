@@ -321,3 +321,20 @@ def test_what_happens_to_the_weights_later_is_not_seen():
         for parameter in network.parameters():
             parameter.zero_()
     np.testing.assert_array_equal(engine.run(images)["logits"], before)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_an_error_in_a_thread_comes_out_and_stops_the_rest(n_threads):
+    shape = (16, 16, 1)
+    read = []
+
+    class Broken(ImageRows):
+        def read(self, rows):
+            read.append(rows)
+            raise OSError("the disk is gone")
+
+    network = make_network(shape, 20)
+    images = Broken(np.zeros((400, *shape), np.uint8), shape)
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(run(Engine.of(network, shape, BYTES), network, images, BYTES, n_threads=n_threads))
+    assert len(read) <= 6
