@@ -115,6 +115,7 @@ def run(
         return rows, SparseAttnOutput(*(parts.get(name, empty) for name in SparseAttnOutput._fields))
 
     # Enough pieces for all threads to end at about the same time; an image's result does not depend on them.
+    n_threads = max(1, min(n_threads, len(images) // 4))  # to start one costs as much as some images
     n_pieces = 1 if n_threads == 1 else 4 * n_threads
     most = -(-len(images) // n_pieces) * math.prod(images.image_shape)
     pieces = chunk_slices(len(images), images.image_shape, min(2**19, most))
