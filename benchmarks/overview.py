@@ -60,8 +60,8 @@ def cost(seed):
     clf.fit(cells.images, cells.target)
     network = copy.deepcopy(clf.network_)
     network.compiled = False  # what compiled code does is not counted
-    scaled = PixelScale(clf.data_range_)(cells.images[..., None])
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    scaled = PixelScale(clf.data_range_)(cells.images[:32, ..., None])
+    with FlopCounterMode(display=False) as counter:
         network(torch.from_numpy(scaled))
     seconds = []
     for _ in range(7):
