@@ -24,6 +24,7 @@ import data_sets
 import joblib
 import numpy as np
 import torch
+from accuracy import names_of
 from efficiency_tables import fastest, tables
 from gpu import on_gpu
 from memory_use import in_child
@@ -269,16 +270,6 @@ def measure_on_gpu(plan, names, threads):
     images, target = cells(plan.n_images, plan.size)
     peers = {name: Peer(name, images, threads) for name in names if not missing(NEEDS[name])}
     record(RESULTS, "cuda", on_gpu(images, target, peers, plan) | {"machine": environment()})
-
-
-def names_of(known):
-    def parse(text):
-        names = text.split(",")
-        if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(known)}")
-        return names
-
-    return parse
 
 
 def main(arguments=None):

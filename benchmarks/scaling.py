@@ -21,7 +21,7 @@ from typing import NamedTuple
 import joblib
 import numpy as np
 import torch
-from efficiency import names_of
+from accuracy import names_of
 from memory_use import in_child
 from ours import cells, fitted, predicting
 from peers import Cnn, lenet, mobilenetv2, resnet50

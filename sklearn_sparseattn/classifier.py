@@ -45,7 +45,7 @@ class SparseAttnClassifier(FittedNetwork):
         H * W it means all; a float in (0, 1] is a share of the pixels of an image.
     k_shrink, k_grow : int or float, default=0.035, 0.06
         How far k is pulled down by an epoch of falling loss, and up otherwise; int or share as above.
-    ema_decay : float in [0, 1), default=0.9
+    ema_decay : float in [0, 1), default=0.85
         Share of the past in the moving average of the loss that steers k (beta of eq. 21).
     k_momentum : float in [0, 1), default=0.2
         Share of itself that k keeps in a step (alpha of eq. 23).

@@ -17,13 +17,12 @@ from torch import nn
 from ..images import ImageShape, PixelScale
 from ..network import CoarseAttention, FusionClassifier, SparseAttnNet
 from ..network.branch import MOST_PIXELS
+from ..network.fine import EPSILON
 
 PARTS = ("coarse", "selection", "tokens", "head")  # whose time is taken
 
 _LANES = 8
 _MOST_STAGES, _N_CONTEXT = 4, 2
-
-Float32 = npt.NDArray[np.float32]
 
 
 def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
@@ -274,9 +273,6 @@ class Engine:
         weight = _array(fusion.out.weight).T
         plan.last = self._keep(weight, rows=plan.hidden_dim, columns=plan.n_logits)
         plan.last_bias = self._keep(_array(fusion.out.bias), columns=plan.n_logits)
-
-
-EPSILON = 1e-6
 
 
 def _round_up(n: int, step: int = _LANES) -> int:

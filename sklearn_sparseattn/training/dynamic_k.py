@@ -20,7 +20,7 @@ K_MIN = 1500 / 18225
 K_MAX = 1.0
 SHRINK = 0.035
 GROW = 0.06
-EMA_DECAY = 0.9
+EMA_DECAY = 0.85
 MOMENTUM = 0.2
 
 
@@ -37,7 +37,7 @@ class DynamicK(Callback):
         of the N pixels of an image: 1 is one pixel, 1.0 is all of them. Both are clipped to [1, N].
     shrink, grow : int or float, default=0.035, 0.06
         How far k is pulled down while the loss falls, and up when it stalls.
-    ema_decay : float, default=0.9
+    ema_decay : float, default=0.85
         beta, in [0, 1): the share of the past in the moving average of the loss.
     momentum : float, default=0.2
         alpha, in [0, 1): the share of itself that k keeps in a step.

@@ -166,7 +166,7 @@ def test_k_rises_at_every_step_of_a_constant_loss(loss, ema_decay):
 
 @pytest.mark.parametrize("noise", [0.01, 0.03])
 def test_k_turns_when_the_loss_does(noise):
-    levels = 0.1 + 0.9 * np.exp(-np.minimum(np.arange(100), 20) / 7)
+    levels = 0.1 + 0.9 * np.exp(-np.minimum(np.arange(60), 20) / 7)
     courses = np.array([course(noisy(levels, noise, seed)) for seed in range(40)])
     assert np.median(courses[:, 20]) < 0.5 * START
     assert np.median(courses[:, -1]) > np.median(courses[:, 20]) + 0.05 * N
