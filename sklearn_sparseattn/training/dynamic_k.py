@@ -43,6 +43,10 @@ class DynamicK(Callback):
         alpha, in [0, 1): the share of itself that k keeps in a step.
     update : {"epoch", "batch"}, default="epoch"
         Take a step for every epoch, by its mean loss, or for every batch.
+    grow_with_lr : bool, default=True
+        Make `grow` smaller as the learning rate falls, by its share of the highest rate so far. A network
+        that hardly learns any more cannot use pixels that are new to it: they raise its loss, for which it
+        would get yet more of them. Without a schedule of the rate this changes nothing.
     n_pixels : int, default=None
         N. None takes the last two axes, (H, W), of the images in the first training batch.
 
@@ -51,6 +55,8 @@ class DynamicK(Callback):
     ema_ : float or None
         L_ema; None before the first loss. It goes on through `partial_fit` and starts anew with the
         net's `initialize`.
+    highest_rate_ : float
+        The highest learning rate at any step so far; 0 before the first, and as long-lived as `ema_`.
 
     Raises
     ------
@@ -65,7 +71,8 @@ class DynamicK(Callback):
     With L the training loss as the net records it (``train_loss``):
 
     1. L_ema <- beta L_ema + (1 - beta) L. The first loss only sets L_ema.
-    2. k' = max(k - shrink, k_min) if L_ema fell, else k' = min(k + grow, k_max).
+    2. k' = max(k - shrink, k_min) if L_ema fell, else k' = min(k + grow, k_max); with `grow_with_lr`, grow
+       times the learning rate / `highest_rate_`, which is not in the paper.
     3. k <- alpha k + (1 - alpha) k'.
 
     An epoch's step is taken as the next epoch begins. So ``net.history[:, "k"]``, recorded as an
@@ -101,6 +108,7 @@ class DynamicK(Callback):
         ema_decay: float = EMA_DECAY,
         momentum: float = MOMENTUM,
         update: str = "epoch",
+        grow_with_lr: bool = True,
         n_pixels: int | None = None,
     ) -> None:
         self.k_min = k_min
@@ -110,6 +118,7 @@ class DynamicK(Callback):
         self.ema_decay = ema_decay
         self.momentum = momentum
         self.update = update
+        self.grow_with_lr = grow_with_lr
         self.n_pixels = n_pixels
 
     @classmethod
@@ -126,7 +135,8 @@ class DynamicK(Callback):
         Returns
         -------
         DynamicK
-            k_min=1500, k_max=1.0, shrink=50, grow=80, ema_decay=0.2, momentum=0.2, update="batch".
+            k_min=1500, k_max=1.0, shrink=50, grow=80, ema_decay=0.2, momentum=0.2, update="batch",
+            grow_with_lr=False.
         """
         published: dict[str, Any] = {
             "k_min": 1500,
@@ -136,6 +146,7 @@ class DynamicK(Callback):
             "ema_decay": 0.2,
             "momentum": 0.2,
             "update": "batch",
+            "grow_with_lr": False,
         }
         return cls(**(published | overrides))
 
@@ -149,6 +160,7 @@ class DynamicK(Callback):
         """
         self._check_parameters()
         self.ema_: float | None = None
+        self.highest_rate_ = 0.0
         self.epoch_loss_: float | None = None  # of a finished epoch whose step is still to be taken
         self.pixels_: dict[str, float] | None = None  # bounds and steps in pixels, once N is known
         return self
@@ -161,7 +173,7 @@ class DynamicK(Callback):
         dict
             For `load_state_dict`. k is not in it: that is the module's.
         """
-        return {"ema": self.ema_, "epoch_loss": self.epoch_loss_}
+        return {"ema": self.ema_, "highest_rate": self.highest_rate_, "epoch_loss": self.epoch_loss_}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
         """Remember what another one did; to be called after the net's `initialize`.
@@ -172,6 +184,7 @@ class DynamicK(Callback):
             From `state_dict`.
         """
         self.ema_, self.epoch_loss_ = state["ema"], state["epoch_loss"]
+        self.highest_rate_ = state["highest_rate"] or 0.0
 
     def on_train_begin(self, net: NeuralNet, **kwargs: Any) -> None:
         """Look for the module's k, and put it between its bounds if N is known.
@@ -258,6 +271,8 @@ class DynamicK(Callback):
                 raise ValueError(f"{name}={value!r} in DynamicK: a number in [0, 1).")
         if self.update not in ("epoch", "batch"):
             raise ValueError(f'update={self.update!r} in DynamicK: "epoch" or "batch".')
+        if not isinstance(self.grow_with_lr, bool):
+            raise ValueError(f"grow_with_lr={self.grow_with_lr!r} in DynamicK: True or False.")
         if self.n_pixels is not None and not (_is_int(self.n_pixels) and self.n_pixels >= 1):
             raise ValueError(f"n_pixels={self.n_pixels!r} in DynamicK: an int >= 1, or None.")
 
@@ -272,21 +287,31 @@ class DynamicK(Callback):
         _write_k(net.module_, _clip(_read_k(net.module_), k_min, k_max))
 
     def _step(self, net: NeuralNet, loss: float) -> None:
+        learning = self._share_of_rate(net)
         if not math.isfinite(loss):
             return
         if self.ema_ is None:
             self.ema_ = loss
             return
         assert self.pixels_ is not None  # a training batch has begun
+        pixels = self.pixels_
+        if self.grow_with_lr:
+            pixels = pixels | {"grow": learning * pixels["grow"]}
         k, self.ema_ = next_k(
             _read_k(net.module_),
             loss,
             self.ema_,
             ema_decay=self.ema_decay,
             momentum=self.momentum,
-            **self.pixels_,
+            **pixels,
         )
         _write_k(net.module_, k)
+
+    def _share_of_rate(self, net: NeuralNet) -> float:
+        """The learning rate, as a share of the highest so far."""
+        rate = max(float(group["lr"]) for group in net.optimizer_.param_groups)
+        self.highest_rate_ = max(self.highest_rate_, rate)
+        return rate / self.highest_rate_ if self.highest_rate_ > 0 else 1.0
 
 
 def next_k(

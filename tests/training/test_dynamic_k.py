@@ -190,6 +190,7 @@ def test_published_constants():
         "ema_decay": 0.2,
         "momentum": 0.2,
         "update": "batch",
+        "grow_with_lr": False,
         "n_pixels": 99,
     }
     assert DynamicK.paper().shrink == 50
@@ -339,6 +340,32 @@ def test_by_batches_k_follows_every_loss(module):
     np.testing.assert_allclose(net.ks_seen, [40, *expected[:-1]], rtol=1e-12)
     np.testing.assert_allclose(net.history[:, "k"], expected[BATCHES - 1 :: BATCHES], rtol=1e-12)
     assert float(net.module_.k) == net.history[-1, "k"]
+
+
+class Rates(Callback):
+    """Sets the learning rate of each epoch."""
+
+    def __init__(self, rates):
+        self.rates = rates
+
+    def on_epoch_begin(self, net, **kwargs):
+        net.optimizer_.param_groups[0]["lr"] = self.rates[len(net.history) - 1]
+
+
+@pytest.mark.parametrize("grow_with_lr", [True, False])
+def test_steps_up_shrink_with_the_learning_rate_and_steps_down_do_not(grow_with_lr):
+    callback = DynamicK(grow=10, shrink=4, momentum=0.0, k_min=5, ema_decay=0.5, grow_with_lr=grow_with_lr)
+    losses = [1.0, 1.0, 2.0, 3.0, 4.0, 0.1, 5.0]  # by epoch; a step follows each, but the last
+    rates = [0.1, 0.2, 0.4, 0.1, 0.02, 0.01, 0.0]
+    net = scripted(np.repeat(losses, BATCHES), callback)
+    net.set_params(max_epochs=7, callbacks=[("rates", Rates(rates)), *net.callbacks]).fit(*data())
+    # 0.4 is the highest: a quarter of a step at 0.1, a twentieth at 0.02.
+    expected = [0, 0, 10, 2.5, 0.5, 0.25, -4] if grow_with_lr else [0, 0, 10, 10, 10, 10, -4]
+    np.testing.assert_allclose(net.history[:, "k"], 40 + np.cumsum(expected), rtol=1e-12)
+
+
+def test_the_published_rule_does_not_look_at_the_learning_rate():
+    assert DynamicK.paper().grow_with_lr is False
 
 
 @pytest.mark.parametrize("update", ["epoch", "batch"])
@@ -562,12 +589,13 @@ def test_nothing_is_warned_about():
         *((name, v) for name in ("shrink", "grow") for v in (-1, 0.0, 50.0, None, False)),
         *((name, v) for name in ("ema_decay", "momentum") for v in (1, 1.0, -0.1, "a", math.nan)),
         *(("update", v) for v in ("epochs", None)),
+        *(("grow_with_lr", v) for v in (1, "yes", None)),
         *(("n_pixels", v) for v in (0, 10.0, True, "all")),
     ],
 )
 def test_parameters_out_of_range_are_named(name, value):
     callback = DynamicK(**{name: value})  # nothing is checked here, as scikit-learn wants it
-    with pytest.raises(ValueError, match=rf"^{name}={value!r} in DynamicK: .*(int|\[0, 1\)|batch)"):
+    with pytest.raises(ValueError, match=rf"^{name}={value!r} in DynamicK: .*(int|\[0, 1\)|batch|True)"):
         callback.initialize()
     net = scripted([1.0] * 3, DynamicK()).initialize()
     net.set_params(**{f"callbacks__dynamic_k__{name}": value})
