@@ -17,7 +17,7 @@ from pathlib import Path
 import accuracy
 import data_sets
 import torch
-from accuracy import OURS, difference, measure_all, names_of, ours, runs_of, spread
+from accuracy import difference, measure_all, names_of, ours, runs_of, spread
 from report import put_into, recorded
 from skorch.callbacks import Callback
 from torch import nn
@@ -149,7 +149,7 @@ VARIANTS = {
     "n_heads=4": {"n_heads": 4},
     "lr=5e-3": {"lr": 5e-3},
     "lr=2e-2": {"lr": 2e-2},
-    "max_epochs=30": {"max_epochs": 30, "ema_decay": 0.85},
+    "max_epochs=30": {"max_epochs": 30},
     "batch_size=64": {"batch_size": 64},
     "weight_decay=1e-2": {"weight_decay": 1e-2},
     "early_stopping": {"early_stopping": True},
@@ -200,7 +200,7 @@ def main(arguments=None):
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--tables", action="store_true", help="measure nothing")
     options = parser.parse_args(arguments)
-    models = {name: ours(**OURS["sparseattn"] | VARIANTS[name]) for name in options.variants}
+    models = {name: ours(**VARIANTS[name]) for name in options.variants}
     well = options.tables or measure_all(RESULTS, models, options.data, options.seeds, options.jobs)
     put_into(README, "ablation", tables(recorded(RESULTS), recorded(accuracy.RESULTS)))
     return 0 if well else 1

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import softmax
 
 from ..images import ImageShape
 from ..network import SparseAttnOutput
@@ -29,7 +28,11 @@ def probabilities(passes: Passes, n_images: int, n_classes: int) -> npt.NDArray[
     """
     result = np.empty((n_images, n_classes))
     for rows, output in passes:
-        result[rows] = softmax(output.logits.double().numpy(), axis=1)
+        result[rows] = output.logits.numpy()
+    # In place and by hand: scipy's softmax takes a tenth of the time of a single image.
+    result -= result.max(axis=1, keepdims=True)
+    np.exp(result, out=result)
+    result /= result.sum(axis=1, keepdims=True)
     return result
 
 
@@ -82,8 +85,8 @@ def attention_maps(
     """
     height, width, _ = image_shape
     coarse = np.empty((n_images, height * width), dtype=dtype)
-    fine = np.zeros_like(coarse)
-    contribution = np.zeros_like(coarse)
+    fine = np.zeros(coarse.shape, dtype)
+    contribution = np.zeros(coarse.shape, dtype)
     pixels = np.empty((n_images, k), dtype=np.int64)
     for rows, output in passes:
         scores = output.scores.flatten(1)
@@ -94,9 +97,9 @@ def attention_maps(
         np.put_along_axis(
             contribution[rows], chosen.numpy(), output.contribution.numpy().astype(dtype), axis=1
         )
-        # The network keeps its pixels in ascending order, so that a stable sort puts ties by index.
-        order = scores.gather(1, chosen).argsort(dim=1, descending=True, stable=True)
-        pixels[rows] = chosen.gather(1, order).numpy()
+        # The network keeps its pixels in ascending order, so that ties go by index.
+        order = _descending(scores.gather(1, chosen).numpy())
+        pixels[rows] = np.take_along_axis(chosen.numpy(), order, axis=1)
     shape = (n_images, height, width)
     return {
         "coarse": coarse.reshape(shape),
@@ -104,3 +107,12 @@ def attention_maps(
         "fine": fine.reshape(shape),
         "contribution": contribution.reshape(shape),
     }
+
+
+def _descending(values: np.ndarray) -> np.ndarray:
+    """Order of each row from its greatest value down, ties as they come: a stable sort only where there are any."""
+    order = np.argsort(-values, axis=1)
+    ordered = np.take_along_axis(values, order, axis=1)
+    has_ties = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+    order[has_ties] = np.argsort(-values[has_ties], axis=1, kind="stable")
+    return order
