@@ -86,7 +86,8 @@ def run_one(data, split, name, estimator_factory):
 
     A stratified tenth of the training rows, the same for all models, is for validation. `name` only goes
     into the result. `estimator_factory` takes augment, batch_size and random_state, which is the number of
-    the split, and gives something with fit(X, y, X_val=..., y_val=...) and predict_proba.
+    the split, and gives something with fit(X, y, X_val=..., y_val=...) and predict_proba. Times are those of
+    the processor, one thread of it: what else runs on the machine hardly counts.
     """
     images, target, splits = data_sets.load(data)
     seed = [other for other, _, _ in splits].index(split)
@@ -101,11 +102,11 @@ def run_one(data, split, name, estimator_factory):
     # Of our models only the controls of ablation.py draw from the global generator: pixels at random.
     with threadpool_limits(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        start = time.perf_counter()
+        start = time.process_time()
         estimator.fit(images[fitting], target[fitting], X_val=images[validation], y_val=target[validation])
-        fitted = time.perf_counter()
+        fitted = time.process_time()
         probabilities = estimator.predict_proba(images[test])
-        predicted = time.perf_counter()
+        predicted = time.process_time()
     return {
         "data": data,
         "model": name,
