@@ -5,30 +5,29 @@ fitted estimator answers in `fitted`.
 """
 
 import copy
-from numbers import Integral, Real
 
 import numpy as np
-import torch
-from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight
 
 from .fitted import FittedNetwork, all_or_nothing
 from .images import PixelScale, learn_data_range, validate_images
 from .inference import resolve_device
 from .network import SparseAttnNet
+from .parameters import CONSTRAINTS
 from .training.batches import Batches, LabelledImages, dihedral
+from .training.checkpoint import Checkpoint, fingerprint
 from .training.dynamic_k import EMA_DECAY, GROW, K_MAX, K_MIN, MOMENTUM, SHRINK, resolve_bounds
 from .training.fit import TrainingResult, TrainingSettings, join_histories, train
 from .training.net import recompute_batch_norm
-from .training.setup import class_weights, label_images, make_dynamic_k, make_generators, new_network
+from .training.setup import (
+    class_weights,
+    label_images,
+    make_dynamic_k,
+    make_generators,
+    new_network,
+    unique_labels,
+)
 from .training.split import validation_split
-
-_COUNT_OR_SHARE = [Interval(Integral, 1, None, closed="left"), Interval(Real, 0, 1, closed="right")]
-_STEP = [Interval(Integral, 0, None, closed="left"), Interval(Real, 0, 1, closed="right")]
-_POSITIVE = [Interval(Real, 0, None, closed="neither")]
-_NON_NEGATIVE = [Interval(Real, 0, None, closed="left")]
-_POSITIVE_INTEGER = [Interval(Integral, 1, None, closed="left")]
 
 
 class SparseAttnClassifier(FittedNetwork):
@@ -91,6 +90,8 @@ class SparseAttnClassifier(FittedNetwork):
         Let `fit` go on from the network, k and data range of the last fit instead of new ones.
     callbacks : list of skorch callbacks, default=None
         Further callbacks, or pairs (name, callback), used as they are; a DynamicK replaces the built-in one.
+    checkpoint_dir : str or path, default=None
+        Folder to which `fit` writes its state after every epoch, see Notes. `partial_fit` writes nothing.
     n_jobs : int, default=None
         Threads to predict with; None is 1, -1 is all processors. The fit has those of PyTorch.
     device : str or torch.device, default="cpu"
@@ -133,6 +134,18 @@ class SparseAttnClassifier(FittedNetwork):
     X may be (n, features), dense or sparse, (n, H, W) or (n, H, W, C), of booleans, integers or floats; after
     `fit` the forms may be interchanged. An image's result does not depend on the rest of the call, to 1e-9.
 
+    A fit with a `checkpoint_dir` that was killed is taken up by the same call, from its last whole epoch, and
+    ends with the same bits as an undisturbed one (on the same machine and number of threads). The same call
+    has the same parameters, `n_jobs` and `verbose` aside, and the same images, labels and weights to the last
+    byte: the name of the file is made of them, so that many fits can share a folder and none takes up
+    another's. Functions count by their names. Of `callbacks`, state is kept of EarlyStopping, LRScheduler and
+    what has ``state_dict`` and ``load_state_dict``. With ``random_state=None`` the generators go on, too. A
+    fit that is done removes its file; one that failed or was interrupted leaves it.
+
+    Ctrl-C after an epoch or more ends a fit with a warning and a usable estimator: with early stopping that
+    of the best epoch so far, else that of the last whole one. Where numbers go wrong, a loss or weights that
+    are not finite, `fit` raises an error that names epoch and batch, and the estimator is as it was before.
+
     References
     ----------
     .. [1] Yoshai, Yagoda-Aharoni, Dotan, Shaked, "Hierarchical Sparse Attention Framework for
@@ -150,43 +163,7 @@ class SparseAttnClassifier(FittedNetwork):
 
     history_: dict[str, np.ndarray]
 
-    _parameter_constraints: dict = {
-        "k_init": _COUNT_OR_SHARE,
-        "k_min": _COUNT_OR_SHARE,
-        "k_max": _COUNT_OR_SHARE,
-        "k_shrink": _STEP,
-        "k_grow": _STEP,
-        "ema_decay": [Interval(Real, 0, 1, closed="left")],
-        "k_momentum": [Interval(Real, 0, 1, closed="left")],
-        "k_update": [StrOptions({"batch", "epoch"})],
-        "variant": [StrOptions({"context", "paper"})],
-        "embed_dim": _POSITIVE_INTEGER,
-        "n_heads": _POSITIVE_INTEGER,
-        "hidden_dim": _POSITIVE_INTEGER,
-        "focal_gamma": _NON_NEGATIVE,
-        "class_weight": [StrOptions({"balanced"}), dict, None],
-        "contrastive_weight": _NON_NEGATIVE,
-        "temperature": _POSITIVE,
-        "distillation_weight": _NON_NEGATIVE,
-        "distillation_emphasis": [*_POSITIVE, None],
-        "lr": _POSITIVE,
-        "weight_decay": _NON_NEGATIVE,
-        "lr_schedule": [StrOptions({"onecycle", "plateau"}), None],
-        "max_epochs": _POSITIVE_INTEGER,
-        "batch_size": _POSITIVE_INTEGER,
-        "augment": [StrOptions({"dihedral"}), callable, None],
-        "image_shape": [tuple, list, None],
-        "data_range": [tuple, list, None],
-        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
-        "early_stopping": ["boolean"],
-        "patience": _POSITIVE_INTEGER,
-        "warm_start": ["boolean"],
-        "callbacks": [list, tuple, None],
-        "n_jobs": [Integral, None],
-        "device": [str, torch.device],
-        "random_state": ["random_state"],
-        "verbose": ["verbose"],
-    }
+    _parameter_constraints: dict = CONSTRAINTS
 
     def __init__(
         self,
@@ -222,6 +199,7 @@ class SparseAttnClassifier(FittedNetwork):
         patience=10,
         warm_start=False,
         callbacks=None,
+        checkpoint_dir=None,
         n_jobs=None,
         device="cpu",
         random_state=None,
@@ -258,6 +236,7 @@ class SparseAttnClassifier(FittedNetwork):
         self.patience = patience
         self.warm_start = warm_start
         self.callbacks = callbacks
+        self.checkpoint_dir = checkpoint_dir
         self.n_jobs = n_jobs
         self.device = device
         self.random_state = random_state
@@ -286,20 +265,25 @@ class SparseAttnClassifier(FittedNetwork):
         Raises
         ------
         ValueError
-            If a parameter or the data cannot be used; the message says which and why.
+            If a parameter or the data cannot be used, or training diverges; the message says which and why.
+        OSError
+            If the checkpoint cannot be written; the last one is still there.
         """
         self._validate_params()
         device = resolve_device(self.device)
         fresh = not (self.warm_start and hasattr(self, "network_"))
         images, y, weight = self._check_training_rows(X, y, sample_weight, reset=fresh)
         if fresh:
-            self.classes_ = np.unique(y)
+            self.classes_ = unique_labels(y, "y")
             self.data_range_ = learn_data_range(images, self.data_range)
         resolve_bounds(self.k_min, self.k_max, self._n_pixels)  # an error here costs nothing yet
         target = self._encode(y)
         scale = PixelScale(self.data_range_)
-        rng, generator = make_generators(self.random_state)
         held_out = self._held_out_rows(X_val, y_val, scale)
+        checkpoint = self._checkpoint(label_images(images, target, weight, scale), held_out, fresh)
+        rng, generator = make_generators(self.random_state)
+        if checkpoint is not None:
+            checkpoint.begin(rng)
         if held_out is None and self._needs_validation:
             split = validation_split(target, self.validation_fraction, rng, required=self.early_stopping)
             if split is not None:
@@ -308,13 +292,15 @@ class SparseAttnClassifier(FittedNetwork):
                 images, target, weight = images.take(kept), target[kept], weight[kept]
         training = label_images(images, target, weight, scale)
 
-        network = self._network_to_train(fresh, generator)
+        network = self._network_to_train(fresh, generator, training)
         settings = TrainingSettings.from_params(self.get_params(deep=False))
-        result = self._train(network, training, held_out, rng, device, settings)
+        result = self._train(network, training, held_out, rng, device, settings, checkpoint=checkpoint)
         # Shuffled: rows may come sorted by class, and the statistics are those of batches.
         recompute_batch_norm(network, Batches(training, self.batch_size, rng), device)
         self._finish(network, result, fresh)
         self._resume = None
+        if checkpoint is not None and not result.interrupted:
+            checkpoint.remove()
         return self
 
     @all_or_nothing
@@ -357,9 +343,9 @@ class SparseAttnClassifier(FittedNetwork):
             raise ValueError("classes must be passed on the first call to partial_fit.")
         images, y, weight = self._check_training_rows(X, y, sample_weight, reset=first)
         if first:
-            self.classes_ = np.unique(classes)
+            self.classes_ = unique_labels(classes, "classes")
             self.data_range_ = learn_data_range(images, self.data_range)
-        elif classes is not None and not np.array_equal(np.unique(classes), self.classes_):
+        elif classes is not None and not np.array_equal(unique_labels(classes, "classes"), self.classes_):
             raise ValueError(f"classes={classes!r} differ from those of the first call, {self.classes_}.")
         resolve_bounds(self.k_min, self.k_max, self._n_pixels)  # an error here costs nothing yet
         training = label_images(images, self._encode(y), weight, PixelScale(self.data_range_))
@@ -368,10 +354,10 @@ class SparseAttnClassifier(FittedNetwork):
         rng, generator = make_generators(self.random_state)
         if state is not None:
             rng = copy.deepcopy(state.rng)
-        network = self._network_to_train(first, generator)
+        network = self._network_to_train(first, generator, training)
         one_pass = {"max_epochs": 1, "lr_schedule": None, "early_stopping": False}
         settings = TrainingSettings.from_params(self.get_params(deep=False), **one_pass)
-        result = self._train(network, training, None, rng, device, settings, state)
+        result = self._train(network, training, None, rng, device, settings, state=state)
         network.eval()
         self._finish(network, result, first)
         self._resume = result.resume
@@ -388,21 +374,14 @@ class SparseAttnClassifier(FittedNetwork):
     def _check_training_rows(self, X, y, sample_weight, *, reset):
         """Validate rows, labels and weights; drop the rows without weight."""
         images, y = validate_images(self, X, y, reset=reset, image_shape=self.image_shape)
-        check_classification_targets(y)
+        unique_labels(y, "y")  # raises if they are none
         if sample_weight is None:
             return images, y, np.ones(len(y))
         weight = _check_sample_weight(sample_weight, images.data, dtype=np.float64, ensure_non_negative=True)
         used = np.flatnonzero(weight)
-        if not len(used):
-            raise ValueError("sample_weight is zero for every row: nothing is left to fit.")
+        if not (len(used) and np.isfinite(weight).all()):
+            raise ValueError("sample_weight is infinite, or zero for every row: nothing is left to fit.")
         return images.take(used), y[used], weight[used]
-
-    def _encode(self, y):
-        """Labels -> class indices."""
-        unknown = np.setdiff1d(y, self.classes_)
-        if len(unknown):
-            raise ValueError(f"y has labels {unknown} which are not among the classes {self.classes_}.")
-        return np.searchsorted(self.classes_, y)
 
     def _held_out_rows(self, X_val, y_val, scale: PixelScale) -> LabelledImages | None:
         """Validation rows that the user gave."""
@@ -413,15 +392,23 @@ class SparseAttnClassifier(FittedNetwork):
         try:
             images, y_val = validate_images(self, X_val, y_val, reset=False)
             return label_images(images, self._encode(y_val), np.ones(len(images)), scale)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"X_val or y_val: {error}") from error
 
-    def _network_to_train(self, fresh: bool, generator: torch.Generator) -> SparseAttnNet:
+    def _network_to_train(self, fresh, generator, training) -> SparseAttnNet:
         if not fresh:
             return copy.deepcopy(self.network_)  # should the fit fail, the old one is still there
-        return new_network(self.get_params(deep=False), self.image_shape_, len(self.classes_), generator)
+        params = self.get_params(deep=False)
+        return new_network(params, self.image_shape_, len(self.classes_), generator, training)
 
-    def _train(self, network, training, held_out, rng, device, settings, state=None) -> TrainingResult:
+    def _checkpoint(self, training, held_out, fresh) -> Checkpoint | None:
+        if self.checkpoint_dir is None:
+            return None
+        params, start = self.get_params(deep=False), None if fresh else self.network_
+        name = fingerprint(params, self.classes_, [training, held_out], start)
+        return Checkpoint(self.checkpoint_dir, name)
+
+    def _train(self, network, training, held_out, rng, device, settings, **going_on) -> TrainingResult:
         params = self.get_params(deep=False)
         return train(
             network,
@@ -433,7 +420,7 @@ class SparseAttnClassifier(FittedNetwork):
             augment=dihedral if self.augment == "dihedral" else self.augment,
             rng=rng,
             device=device,
-            state=state,
+            **going_on,
         )
 
     def _finish(self, network: SparseAttnNet, result: TrainingResult, fresh: bool) -> None:

@@ -6,18 +6,28 @@ Nothing is fitted here. `SparseAttnClassifier` adds the parameters and the fit.
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from joblib import effective_n_jobs
 from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import Bunch
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 
 from .images import ImageRows, PixelScale, validate_images, warn_of_other_range
-from .inference import Engine, attention_maps, fused_features, probabilities, resolve_device, run
-from .network import SparseAttnOutput
+from .inference import (
+    Engine,
+    attention_maps,
+    evidence_maps,
+    fused_features,
+    is_plain,
+    probabilities,
+    resolve_device,
+    run,
+)
+from .network import SparseAttnNet, SparseAttnOutput
 
 
 def all_or_nothing(fit: Callable) -> Callable:
@@ -46,6 +56,56 @@ def all_or_nothing(fit: Callable) -> Callable:
             raise
 
     return wrapped
+
+
+def network_arrays(network: SparseAttnNet) -> dict[str, np.ndarray]:
+    """Copy weights and buffers of a network.
+
+    Parameters
+    ----------
+    network : SparseAttnNet
+        On whatever device.
+
+    Returns
+    -------
+    dict of ndarray
+        By name.
+    """
+    return {name: np.array(tensor.cpu().numpy(), order="C") for name, tensor in network.state_dict().items()}
+
+
+def network_of(form: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> SparseAttnNet:
+    """Make the network that `network_arrays` was given.
+
+    Parameters
+    ----------
+    form : mapping
+        ``network.form``.
+    arrays : mapping of ndarray
+        Weights and buffers by name.
+
+    Returns
+    -------
+    SparseAttnNet
+        On the CPU, in evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        If the arrays are not those of such a network.
+    """
+    with torch.device("meta"):  # where nothing is drawn, and nothing takes memory
+        network = SparseAttnNet(k=1, **form)
+    tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+    expected, found = (
+        {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+        for state in (network.state_dict(), tensors)
+    )
+    if found != expected:
+        raise ValueError("The arrays are not those of the network.")
+    network.load_state_dict(tensors, assign=True)
+    network.coarse.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in the fit
+    return network.eval()
 
 
 class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, TransformerMixin, BaseEstimator):
@@ -129,7 +189,7 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
         return fused_features(self._run(images), len(images), self._n_features_out, images.float_dtype)
 
     def attention_maps(self, X):
-        """Show where each answer came from.
+        """Show where the network looked; `evidence_maps` shows why it answered as it did.
 
         Parameters
         ----------
@@ -144,7 +204,8 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
             pixels : ndarray of shape (n, k), int64
                 Row-major indices i * W + j of the chosen pixels, best first.
             fine : ndarray of shape (n, H, W)
-                Fine attention, non-negative; zero off the chosen pixels.
+                Fine attention, non-negative; zero off the chosen pixels. It says where the network looked
+                closely, for whatever class; what it took from there `evidence_maps` says.
             contribution : ndarray of shape (n, H, W)
                 Signed weight w_j with which a pixel entered z_fine; zero off the chosen pixels.
 
@@ -163,9 +224,69 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
         )
         return Bunch(**maps)
 
+    def evidence_maps(self, X, y=None):
+        r"""Show why the network answered: what each pixel added to the log-odds of a class, to first order.
+
+        Parameters
+        ----------
+        X : array-like or sparse matrix of shape (n, features), (n, H, W) or (n, H, W, C)
+            Images of the size of the fit.
+        y : array-like of shape (n,), default=None
+            Labels of the classes to explain, one for each image, among `classes_`. None takes those that
+            `predict` gives.
+
+        Returns
+        -------
+        ndarray of shape (n, H, W)
+            Positive for the class, negative against it; float64 or float32 as X is, float32 for other dtypes.
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit`.
+        ValueError
+            If X does not fit the training images, or y holds other labels than those of the fit, or not one
+            for each image.
+
+        Notes
+        -----
+        With the log-odds :math:`l = \log \frac{p_y}{1 - p_y}` and the cells c of the last coarse map, pixel j
+        has
+
+        .. math::
+            m_j = w_j E_j W_v \frac{\partial l}{\partial z_{fine}}
+            + \sum_c a_{jc}\, (C_c - \bar C) \frac{\partial l}{\partial C_c} .
+
+        The first term is that of the pixel's token, if it was chosen. The second is that of the features that
+        are pooled over the whole image and reach the answer without tokens, so that fine attention cannot
+        show it: :math:`\bar C` is the median cell along the sides of the image, background as a rule, and
+        :math:`a_{jc}` shares a cell among the pixels around it, so that the map's sum is that over all tokens
+        and cells.
+
+        It is a slope, not a test: scores, choice and attention are held as they are, the slope holds for
+        small changes, and the parts need not sum to the log-odds. A token knows its neighbourhood: what
+        counts may lie some pixels beside it. That a pixel counts for the network does not mean that it counts
+        in nature.
+        """
+        images = self._check_images(X)
+        if y is None:
+            numbers = probabilities(self._run(images), len(images), len(self.classes_)).argmax(axis=1)
+        else:
+            y = column_or_1d(y)
+            check_consistent_length(images, y)
+            numbers = self._encode(y)
+        return evidence_maps(self.network_, images, PixelScale(self.data_range_), numbers)
+
     @property
     def _n_features_out(self) -> int:
         return self.network_.fusion.first[0].in_features
+
+    def _encode(self, y):
+        """Labels -> class indices."""
+        unknown = np.setdiff1d(y, self.classes_)
+        if len(unknown):
+            raise ValueError(f"y has labels {unknown} which are not among the classes {self.classes_}.")
+        return np.searchsorted(self.classes_, y)
 
     def _check_images(self, X) -> ImageRows:
         """Validate X against the fit."""
@@ -187,12 +308,18 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
         state.pop("_engine", None)
         network = state.get("network_")
         if network is not None and next(network.parameters()).device.type != "cpu":
-            state["network_"] = copy.deepcopy(network).cpu()
+            state["network_"] = network = copy.deepcopy(network).cpu()
+        if network is not None and network.compiled and is_plain(network):
+            # Without tensors other formats than pickle, like that of skops, can hold it.
+            state["network_"] = {"form": network.form, "arrays": network_arrays(network)}
         return state
 
     def __setstate__(self, state):
+        network = state.get("network_")
+        if isinstance(network, Mapping):
+            state = state | {"network_": network_of(**network)}
         super().__setstate__(state)
-        if not hasattr(self, "network_"):
+        if network is None:
             return
         try:
             device = resolve_device(self.device)

@@ -4,9 +4,11 @@ X is validated where it lies and never copied whole: rows are made dense, put in
 when their batch is made. Imports no other room of the package.
 """
 
+import contextlib
+import inspect
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -19,6 +21,7 @@ ImageShape = tuple[int, int, int]
 
 # Beyond these channel counts a last axis is taken for the width of an image.
 _MOST_CHANNELS = 4
+_MOST = np.finfo(np.float64).max
 
 
 class ImageRows:
@@ -44,9 +47,9 @@ class ImageRows:
 
     @property
     def float_dtype(self) -> np.dtype:
-        """Of results that keep the precision of the images: float64 and float32 as they are, else float32."""
-        dtype = self.data.dtype.newbyteorder("=")
-        return np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
+        """Of results that keep the precision of the images: float64 if they have it, else float32."""
+        dtype = self.data.dtype
+        return np.dtype(np.float64 if dtype.kind == "f" and dtype.itemsize >= 8 else np.float32)
 
     def take(self, rows: npt.NDArray[np.intp]) -> "ImageRows":
         """Select some of these rows, without copying any image.
@@ -114,7 +117,7 @@ class PixelScale:
         """
         images = np.moveaxis(images, -1, 1)
         if images.dtype == np.uint8:
-            return np.ascontiguousarray(self._bytes[images])
+            return self._bytes.take(np.ascontiguousarray(images), mode="clip")
         scaled = np.ascontiguousarray(images, dtype=np.float64)
         with np.errstate(over="ignore"):  # see `finite`
             if self.low:
@@ -187,7 +190,7 @@ def learn_data_range(images: ImageRows, given: Sequence[float] | None = None) ->
 def _check_data_range(data_range: Sequence[float]) -> tuple[float, float]:
     try:
         low, high = (float(value) for value in data_range)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         low, high = 0.0, 0.0
     if not (math.isfinite(high - low) and low < high):
         raise ValueError(f"data_range={data_range!r} must be two finite numbers (lo, hi), lo < hi, or None.")
@@ -241,6 +244,37 @@ def warn_of_other_range(images: ImageRows, data_range: tuple[float, float]) -> N
             UserWarning,
             stacklevel=4,
         )
+
+
+def call_given(name: str, function: Callable, *args: Any) -> Any:
+    """Call a function that the user gave.
+
+    Parameters
+    ----------
+    name : str
+        Of the parameter.
+    function : callable
+        Its value.
+    *args : object
+        What the function is given.
+
+    Returns
+    -------
+    object
+        What it returns.
+
+    Raises
+    ------
+    TypeError
+        If it does not take so many arguments; the message names the parameter.
+    """
+    try:
+        inspect.signature(function).bind(*args)
+    except TypeError as error:
+        raise TypeError(f"{name}={function!r} is called with {len(args)} arguments: {error}.") from error
+    except ValueError:  # not all of what is built in has a signature
+        pass
+    return function(*args)
 
 
 def chunk_slices(n_rows: int, image_shape: ImageShape, n_values: int = 2**19) -> Iterator[slice]:
@@ -304,8 +338,18 @@ def validate_images(
         If X is no set of images of one size, holds NaN or infinity, or differs from the fit.
     """
     _refuse_mixed_sizes(X)
-    checked = validate_data(estimator, X, y, reset=reset, accept_sparse="csr", ensure_2d=False, allow_nd=True)
+    if isinstance(X, list | tuple):
+        with contextlib.suppress(ValueError):  # ragged: scikit-learn's to say
+            X = np.asarray(X)  # of objects, scikit-learn turns an array into numbers, but not a list
+    forms: dict[str, Any] = {"accept_sparse": "csr", "ensure_2d": False, "allow_nd": True}
+    try:
+        with np.errstate(invalid="ignore"):  # its sum of infinities of both signs, which it refuses in words
+            checked = validate_data(estimator, X, y, reset=reset, **forms)
+    except OverflowError as error:
+        raise ValueError(f"X or y has numbers beyond all floats: {error}.") from error
     data, y = checked if isinstance(checked, tuple) else (checked, y)
+    if data.dtype.kind == "f" and data.dtype.itemsize > 8 and data.size and np.abs(data).max() > _MOST:
+        raise ValueError(f"X has numbers beyond all floats, {_MOST:.3g}.")
     name = type(estimator).__name__
     if data.ndim < 2:
         raise ValueError(

@@ -16,11 +16,12 @@ from skimage.filters import sobel
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils import _safe_indexing, check_array
-from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils._param_validation import HasMethods, StrOptions
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
-from .images import ImageRows, ImageShape, chunk_slices, validate_images
+from .images import ImageRows, ImageShape, call_given, chunk_slices, validate_images
 from .network import select_pixel_set
+from .parameters import Range
 
 # Some rows, the pixels chosen of each (b, k), row-major, and what they hold (b, k, C).
 Chosen = tuple[slice, np.ndarray, np.ndarray]
@@ -48,7 +49,10 @@ _SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"intensity": _intensit
 
 def _checked_scores(scores: Any, images: np.ndarray, source: str) -> np.ndarray:
     """(B, H, W) float64 from what a user's function gave."""
-    scores = np.asarray(scores)
+    try:
+        scores = np.asarray(scores)
+    except ValueError as error:
+        raise ValueError(f"{source} gave no array: {error}.") from error
     if scores.shape != images.shape[:3] or scores.dtype.kind not in "biuf" or np.isnan(scores).any():
         raise ValueError(
             f"{source} gave scores of shape {scores.shape} and dtype {scores.dtype} for images of shape "
@@ -187,7 +191,7 @@ class PixelSetTransformer(TransformerMixin, BaseEstimator):
     """
 
     _parameter_constraints: dict = {
-        "k": [Interval(Integral, 1, None, closed="left"), Interval(Real, 0, 1, closed="right")],
+        "k": [Range(Integral, 1, None, closed="left"), Range(Real, 0, 1, closed="right")],
         "score": [StrOptions(set(_SCORES)), callable, HasMethods(["fit", "attention_maps"])],
         "layout": [StrOptions({"flat", "set", "sparse"})],
         "order": [StrOptions({"raster", "score"})],
@@ -367,7 +371,7 @@ class PixelSetTransformer(TransformerMixin, BaseEstimator):
             return _checked_scores(maps["coarse"], chunk, "attention_maps of the classifier given as score")
         if isinstance(score := vars(self)["score"], str):
             return _SCORES[score](chunk)
-        return _checked_scores(score(chunk), chunk, f"score={score!r}")
+        return _checked_scores(call_given("score", score, chunk), chunk, f"score={score!r}")
 
     def _check_width(self, X: Any) -> None:
         """Refuse what `transform` cannot have given, by its shape."""

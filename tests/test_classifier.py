@@ -4,6 +4,7 @@ import pickle
 import random
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import joblib
 import numpy as np
@@ -415,7 +416,10 @@ def test_validation_only_where_something_uses_it():
 
 def test_given_validation_rows_are_not_trained_on():
     both = quick(early_stopping=True).fit(X[:60], Y[:60], X_val=X[60:], y_val=Y[60:])
-    np.testing.assert_array_equal(both.predict_proba(X), quick().fit(X[:60], Y[:60]).predict_proba(X))
+    alone = quick().fit(X[:60], Y[:60])
+    assert len(alone.history_["epoch"]) > 1
+    for name in ("train_loss", "k", "lr"):  # by epoch: early stopping brings the best one back, not the last
+        np.testing.assert_array_equal(both.history_[name], alone.history_[name])
 
 
 def test_learning_rate_schedules():
@@ -433,7 +437,8 @@ def test_batch_norm_statistics_are_those_of_the_training_rows():
     norm = clf.network_.coarse.early[1]
     weight = clf.network_.coarse.early[0]
     with torch.no_grad():
-        features = weight(torch.from_numpy(X[:, None] / np.float32(255)))
+        images = torch.from_numpy(X[:, None] / np.float32(255))
+        features = weight(images - clf.network_.coarse.background)
     mean = features.mean((0, 2, 3))
     np.testing.assert_allclose(norm.running_mean.numpy(), mean.numpy(), rtol=1e-3, atol=1e-5)
 
@@ -486,7 +491,7 @@ def test_interrupted_fit_keeps_what_it_has():
             if len(net.history) == self.epoch:
                 raise KeyboardInterrupt
 
-    with pytest.warns(UserWarning, match="interrupted after 1 of 3 epochs"):
+    with pytest.warns(UserWarning, match="interrupted after 1 of 3 epochs; .* epoch 1, the last whole one"):
         clf = quick(callbacks=[Interrupt(2)]).fit(X, Y)
     assert clf.n_iter_ == 1
     clf.predict(X)
@@ -604,7 +609,7 @@ def test_on_a_gpu():
     clf = quick(device="cuda", max_epochs=25).fit(X, Y)
     assert clf.score(X, Y) > 0.9
     loaded = pickle.loads(pickle.dumps(clf))
-    assert next(pickle.loads(pickle.dumps(clf)).__getstate__()["network_"].parameters()).device.type == "cpu"
+    assert {type(array) for array in clf.__getstate__()["network_"]["arrays"].values()} == {np.ndarray}
     np.testing.assert_allclose(loaded.predict_proba(X), clf.predict_proba(X), atol=1e-9)
 
 
@@ -650,6 +655,7 @@ BAD_PARAMETERS = {
     "patience": [0],
     "warm_start": [None],
     "callbacks": [7],
+    "checkpoint_dir": [3, b"folder", True],
     "n_jobs": [1.5, "all"],
     "device": ["gpu", "cuda:97", 3],
     "random_state": [-1, "seed"],
@@ -712,6 +718,7 @@ def test_bad_data_is_refused(change, message):
         (-np.ones(90), "[Nn]egative"),
         (np.ones(89), "sample_weight"),
         (np.full(90, np.nan), "NaN"),
+        (np.inf, "infinite"),
     ],
 )
 def test_bad_weights_are_refused(weight, message):
@@ -731,6 +738,8 @@ def test_bad_validation_rows_are_refused():
 
 
 def test_bad_partial_fits_are_refused():
+    with pytest.raises(ValueError, match="classes has labels that cannot be put in order"):
+        quick().partial_fit(X, Y, classes=[None, None])
     with pytest.raises(ValueError, match="classes must be passed"):
         quick().partial_fit(X, Y)
     clf = quick().partial_fit(X, Y, classes=[0, 1, 2])
@@ -815,7 +824,7 @@ def test_a_partial_fit_that_fails_does_not_count():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"lr": 1e9}, r"diverged in epoch \d: .* lower than 1e\+09"),
+        ({"lr": 1e9}, r"diverged in epoch \d, batch \d+: .* lower than 1e\+09"),
         ({"data_range": (0, 1e-300)}, "data_range_"),
         ({"augment": lambda images, rng: images * np.inf}, "augment gave images that hold"),
         ({"class_weight": {0: np.nan}}, r"class_weight=.*weight of 0"),
@@ -823,12 +832,77 @@ def test_a_partial_fit_that_fails_does_not_count():
         ({"class_weight": {0: "heavy"}}, r"class_weight=.*weight of 0"),
         ({"callbacks": [42]}, r"callbacks\[0\]=42"),
         ({"callbacks": [("a",)]}, r"callbacks\[0\]="),
-        ({"k_init": True}, "k_init=True"),
+        ({"k_init": True}, "'k_init' parameter .* Got True instead"),
+        ({"k_grow": False}, "'k_grow' parameter .* Got False instead"),
     ],
 )
 def test_what_cannot_be_trained_is_named(params, message):
     with pytest.raises(ValueError, match=message):
         quick(**params).fit(X, Y)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"class_weight": {0: 10**400}}, r"class_weight=.*weight of 0"),
+        ({"class_weight": {0: 1e300}}, r"class_weight=.*weight of 0"),
+        ({"data_range": (10**400, 1)}, "data_range="),
+        ({"hidden_dim": 2**40}, rf"hidden_dim={2**40}: no network of this size"),
+        ({"embed_dim": 10**400}, "embed_dim=10+, .*: no network of this size"),
+        ({"lr": 10**400}, "diverged in epoch 1"),
+    ],
+)
+def test_numbers_too_large_are_named(params, message):
+    with pytest.raises(ValueError, match=message):
+        quick(**params).fit(X, Y)
+
+
+def test_numbers_too_large_to_matter_do_not():
+    large = dict.fromkeys(["k_init", "k_max", "batch_size", "patience"], 10**400)
+    expected = quick(k_init=1.0, k_max=1.0, batch_size=90, patience=90).fit(X, Y).predict_proba(X)
+    np.testing.assert_array_equal(quick(**large).fit(X, Y).predict_proba(X), expected)
+
+
+def test_fractions_are_numbers():
+    expected = quick(k_init=0.5, lr=0.01).fit(X, Y).predict_proba(X)
+    found = quick(k_init=Fraction(1, 2), lr=Fraction(1, 100)).fit(X, Y).predict_proba(X)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("value", [0, 7, 255])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_constant_images_are_fitted_soundly(value, dtype):
+    """There is nothing to learn from them but how frequent the classes are."""
+    images = np.full((90, SIDE, SIDE), value, dtype)
+    proba = quick(max_epochs=20).fit(images, np.arange(90) % 10 // 7).predict_proba(images)
+    assert np.ptp(proba, axis=0).max() == 0
+    assert 0.65 < proba[0, 0] < 0.75
+
+
+def test_classes_that_are_in_few_batches_or_not_among_the_validation_rows():
+    many = np.arange(90) % 30  # a batch of two rows has two classes of thirty at most
+    clf = quick(batch_size=2, max_epochs=1).fit(X, many)
+    assert np.isfinite(clf.predict_proba(X)).all()
+    rare = np.where(np.arange(90) < 2, 1, 0)
+    clf = quick(early_stopping=True, validation_fraction=0.03).fit(X, rare)
+    assert np.isfinite(clf.history_["valid_loss"]).all()
+    clf = quick(early_stopping=True).fit(X, Y, X_val=X[Y == 1], y_val=Y[Y == 1])
+    assert np.isfinite(clf.history_["valid_loss"]).all()
+
+
+def test_labels_at_the_limits():
+    with pytest.raises(ValueError, match="label"):  # and no warning of a cast to integers
+        quick().fit(X, np.where(Y == 0, 2.0**63, 0.0))
+    with pytest.raises(ValueError, match=r"y has labels that cannot be put in order|[Uu]nknown label"):
+        quick().fit(X, [None, "a", *Y[2:]])
+
+
+def test_validation_images_far_out_of_range_are_named():
+    with pytest.raises(ValueError, match="data_range_"):
+        quick(early_stopping=True).fit(X / 255.0, Y, X_val=X * 1e300, y_val=Y)
+    # Their scores overflow in the network, where nothing else does.
+    with pytest.raises(ValueError, match=r"diverged in epoch 1, batch \d+: .* for validation images"):
+        quick(early_stopping=True, lr=1e-5).fit(X / 255.0, Y, X_val=X * 1e35, y_val=Y)
 
 
 def test_numbers_of_numpy_are_numbers():
@@ -838,6 +912,7 @@ def test_numbers_of_numpy_are_numbers():
         "k_init": np.float32(0.5),
         "lr": np.float32(0.01),
         "early_stopping": np.bool_(False),
+        "embed_dim": np.uint8(16),
     }
     plain = {name: value.item() for name, value in numpy_params.items()}
     expected = quick(**plain).fit(X, Y).predict_proba(X)

@@ -1,5 +1,6 @@
-"""AttentionDisplay: what it shows for each kind of input, and that it leaves matplotlib as it was."""
+"""The displays: what they show for each kind of input, and that they leave matplotlib as it was."""
 
+import functools
 import sys
 
 import matplotlib as mpl
@@ -8,7 +9,7 @@ import pytest
 from matplotlib import pyplot as plt
 from scipy import sparse
 
-from sklearn_sparseattn import AttentionDisplay, SparseAttnClassifier
+from sklearn_sparseattn import AttentionDisplay, MeanAttentionDisplay, SparseAttnClassifier, TrainingDisplay
 
 COLUMNS = ["image", "coarse attention", "chosen pixels", "fine attention"]
 
@@ -32,13 +33,20 @@ def fit(X, y, **params):
     return SparseAttnClassifier(max_epochs=2, random_state=0, **params).fit(X, y)
 
 
+@functools.cache
+def fitted(**how):
+    """Images, fitted once for all tests, which may not write to them."""
+    X, y = make_images(**how)
+    X.flags.writeable = y.flags.writeable = False
+    return fit(X, y), X, y
+
+
 def shown(axis):
     return axis.images[0].get_array()
 
 
 def test_columns_show_image_attention_and_chosen_pixels():
-    X, y = make_images()
-    clf = fit(X, y)
+    clf, X, y = fitted()
     display = AttentionDisplay.from_estimator(clf, X, y, max_images=3)
     maps = clf.attention_maps(X[:3])
     assert display.axes_.shape == (3, 4)
@@ -62,13 +70,13 @@ def test_titles_give_prediction_probability_and_truth():
     X, y = make_images()
     labels = np.array(["benign", "malign"])[y]
     clf = fit(X, labels)
-    display = AttentionDisplay.from_estimator(clf, X, labels, max_images=4)
-    proba = clf.predict_proba(X[:4])
+    display = AttentionDisplay.from_estimator(clf, X, labels, max_images=2)
+    proba = clf.predict_proba(X[:2])
     for i, title in enumerate(display.titles):
         predicted = clf.classes_[proba[i].argmax()]
         assert title == f"{predicted} ({proba[i].max():.0%})\ntrue: {labels[i]}"
         assert display.axes_[i, 0].get_ylabel() == title
-    without_truth = AttentionDisplay.from_estimator(clf, X, max_images=4).titles
+    without_truth = AttentionDisplay.from_estimator(clf, X, max_images=2).titles
     assert without_truth == [title.partition("\n")[0] for title in display.titles]
 
 
@@ -76,9 +84,9 @@ def test_class_names_replace_labels_of_any_kind():
     X, y = make_images()
     clf = fit(X, 10 * y + 5)  # labels 5 and 15, so that a label is no index
     names = ["first", "second"]
-    titles = AttentionDisplay.from_estimator(clf, X, 10 * y + 5, class_names=names, max_images=4).titles
-    predicted = (clf.predict(X[:4]) - 5) // 10
-    for title, guess, true in zip(titles, predicted, y[:4], strict=True):
+    titles = AttentionDisplay.from_estimator(clf, X, 10 * y + 5, class_names=names, max_images=2).titles
+    predicted = (clf.predict(X[:2]) - 5) // 10
+    for title, guess, true in zip(titles, predicted, y[:2], strict=True):
         assert title.startswith(names[guess])
         assert title.endswith(f"true: {names[true]}")
     with pytest.raises(ValueError, match="class_names has 3 names for 2 classes"):
@@ -86,23 +94,22 @@ def test_class_names_replace_labels_of_any_kind():
 
 
 def test_a_true_label_that_the_fit_did_not_see_is_shown_as_it_is():
-    X, y = make_images()
-    titles = AttentionDisplay.from_estimator(fit(X, y), X[:2], np.array([7, 0])).titles
+    clf, X, _ = fitted()
+    titles = AttentionDisplay.from_estimator(clf, X[:2], np.array([7, 0])).titles
     assert titles[0].endswith("true: 7")
     assert titles[1].endswith("true: 0")
 
 
-@pytest.mark.parametrize(("max_images", "rows"), [(1, 1), (5, 5), (8, 8), (1000, 24)])
+@pytest.mark.parametrize(("max_images", "rows"), [(1, 1), (3, 3), (1000, 4)])
 def test_max_images(max_images, rows):
-    X, y = make_images()
-    display = AttentionDisplay.from_estimator(fit(X, y), X, y, max_images=max_images)
+    clf, X, y = fitted()
+    display = AttentionDisplay.from_estimator(clf, X[:4], y[:4], max_images=max_images)
     assert display.axes_.shape == (rows, 4)
     assert len(display.titles) == rows
 
 
 def test_rgb_is_shown_in_colour_and_its_chosen_pixels_on_gray():
-    X, y = make_images(shape=(12, 14, 3))
-    clf = fit(X, y)
+    clf, X, _ = fitted(shape=(12, 14, 3))
     display = AttentionDisplay.from_estimator(clf, X, max_images=2)
     np.testing.assert_allclose(shown(display.axes_[0, 0]), X[0] / 255)
     unchosen = np.setdiff1d(np.arange(12 * 14), display.pixels[0])
@@ -112,30 +119,29 @@ def test_rgb_is_shown_in_colour_and_its_chosen_pixels_on_gray():
 
 
 def test_two_channels_are_shown_as_their_mean():
-    X, y = make_images(shape=(12, 14, 2))
-    display = AttentionDisplay.from_estimator(fit(X, y), X, max_images=2)
+    clf, X, _ = fitted(shape=(12, 14, 2))
+    display = AttentionDisplay.from_estimator(clf, X, max_images=2)
     np.testing.assert_allclose(shown(display.axes_[0, 0]), X[0].mean(axis=-1) / 255)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.float32, np.float64])
 def test_signed_images_use_the_whole_gray_scale(dtype):
-    X, y = make_images(dtype=dtype, low=-5, high=9)
-    display = AttentionDisplay.from_estimator(fit(X, y), X, max_images=4)
-    low, high = float(X[:4].min()), float(X[:4].max())
-    np.testing.assert_allclose(display.images, (X[:4].astype(float) - low) / (high - low), atol=1e-6)
+    clf, X, _ = fitted(dtype=dtype, low=-5, high=9)
+    display = AttentionDisplay.from_estimator(clf, X, max_images=2)
+    low, high = float(X[:2].min()), float(X[:2].max())
+    np.testing.assert_allclose(display.images, (X[:2].astype(float) - low) / (high - low), atol=1e-6)
 
 
 def test_images_beyond_the_range_of_the_fit_are_clipped():
-    X, y = make_images(dtype=np.float64)
-    display = AttentionDisplay.from_estimator(fit(X, y), 2 * X, max_images=2)
+    clf, X, _ = fitted(dtype=np.float64)
+    display = AttentionDisplay.from_estimator(clf, 2 * X, max_images=2)
     assert display.images.max() == 1
     np.testing.assert_allclose(display.images, np.clip(2 * X[:2] / 200, 0, 1))
 
 
 @pytest.mark.parametrize("container", ["rows", "lists", "csr", "csc", "coo", "frame"])
 def test_other_containers_show_the_same_as_an_array(container):
-    X, y = make_images(dtype=np.float64, low=-5, high=9)
-    clf = fit(X, y)
+    clf, X, y = fitted(dtype=np.float64, low=-5, high=9)
     rows = X.reshape(len(X), -1)
     if container == "frame":
         import pandas as pd
@@ -150,16 +156,15 @@ def test_other_containers_show_the_same_as_an_array(container):
     else:
         other = getattr(sparse, f"{container}_array")(rows)
     expected_input = other if container == "frame" else X
-    expected = clf.attention_maps(expected_input).coarse[:3]
-    display = AttentionDisplay.from_estimator(clf, other, y, max_images=3)
+    expected = clf.attention_maps(expected_input).coarse[:2]
+    display = AttentionDisplay.from_estimator(clf, other, y, max_images=2)
     np.testing.assert_allclose(display.coarse, expected, atol=1e-6)
-    low, high = X[:3].min(), X[:3].max()
-    np.testing.assert_allclose(display.images, (X[:3] - low) / (high - low), atol=1e-6)
+    low, high = X[:2].min(), X[:2].max()
+    np.testing.assert_allclose(display.images, (X[:2] - low) / (high - low), atol=1e-6)
 
 
 def test_axes_of_the_user_are_drawn_on():
-    X, y = make_images()
-    clf = fit(X, y)
+    clf, X, y = fitted()
     figure, axes = plt.subplots(3, 4)
     display = AttentionDisplay.from_estimator(clf, X, y, max_images=2, ax=axes[1:])
     assert display.figure_ is figure
@@ -183,8 +188,8 @@ def test_one_strong_pixel_does_not_darken_the_others():
 
 
 def test_plot_again_with_other_colours_and_size():
-    X, y = make_images()
-    display = AttentionDisplay.from_estimator(fit(X, y), X, max_images=2)
+    clf, X, _ = fitted()
+    display = AttentionDisplay.from_estimator(clf, X, max_images=2)
     first = display.figure_
     assert display.plot(cmap="magma", panel_size=1.0) is display
     assert display.figure_ is not first
@@ -193,8 +198,7 @@ def test_plot_again_with_other_colours_and_size():
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
-    X, y = make_images()
-    clf = fit(X, y)
+    clf, X, _ = fitted()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"pip install 'sklearn-sparseattn\[plot\]'"):
@@ -202,11 +206,165 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
 
 
 def test_nothing_global_is_touched():
-    X, y = make_images()
-    clf = fit(X, y)
+    clf, X, y = fitted()
     before = dict(mpl.rcParams), plt.get_backend(), plt.isinteractive()
     display = AttentionDisplay.from_estimator(clf, X, y)
     assert (dict(mpl.rcParams), plt.get_backend(), plt.isinteractive()) == before
     assert plt.get_fignums() == [display.figure_.number]
+    assert display.axes_.shape == (8, 4)  # unless told otherwise
     plt.close(display.figure_)
     assert plt.get_fignums() == []
+
+
+def test_colour_bars_give_the_values_of_the_maps_and_move_no_axes():
+    clf, X, _ = fitted()
+    figure, axes = plt.subplots(2, 4, dpi=40)
+    before = [axis.get_position().bounds for axis in axes.flat]
+    AttentionDisplay.from_estimator(clf, X[:2], ax=axes)
+    figure.canvas.draw()
+    assert figure.axes == [*axes.flat]
+    # An equal aspect may make a panel smaller inside its place, which is the same as without bars.
+    assert [axis.get_position(original=True).bounds for axis in axes.flat] == before
+    for row in axes:
+        assert [len(axis.child_axes) for axis in row] == [0, 1, 0, 1]
+        for axis in row[[1, 3]]:
+            assert axis.child_axes[0].get_ylim() == axis.images[0].get_clim()
+
+
+def test_maps_computed_before_give_the_same_picture():
+    clf, X, y = fitted()
+    one = AttentionDisplay.from_estimator(clf, X[:2], y[:2], class_names=["a", "b"])
+    maps, proba = clf.attention_maps(X[:2]), clf.predict_proba(X[:2])
+    other = AttentionDisplay.from_maps(
+        X[:2] / 255, maps, proba, classes=clf.classes_, y=y[:2], class_names=["a", "b"]
+    )
+    assert one.titles == other.titles
+    for left, right in zip(one.axes_.flat, other.axes_.flat, strict=True):
+        np.testing.assert_allclose(shown(left), shown(right))
+
+
+# ---- TrainingDisplay ----
+
+HISTORY = {
+    "epoch": np.arange(1, 4),
+    "train_loss": np.array([3.0, 2.0, 1.0]),
+    "focal_loss": np.array([1.0, 0.8, 0.5]),
+    "contrastive_loss": np.zeros(3),
+    "distillation_loss": np.array([9.0, 7.0, 8.0]),
+    "k": np.array([50.0, 40.0, 30.0]),
+    "lr": np.array([1e-3, 1e-2, 1e-5]),
+}
+
+
+def curves(axis):
+    return {line.get_label(): line.get_ydata() for line in axis.lines}
+
+
+def test_training_curves_are_the_history():
+    display = TrainingDisplay.from_history(HISTORY, n_pixels=200)
+    loss, k, lr = display.axes_
+    drawn = curves(loss)
+    assert list(drawn) == ["total", "answer", "distillation"]  # a term that was not computed is left out
+    np.testing.assert_array_equal(drawn["total"], HISTORY["train_loss"])
+    np.testing.assert_array_equal(drawn["distillation"], HISTORY["distillation_loss"])
+    np.testing.assert_allclose(k.lines[0].get_ydata(), [25, 20, 15])
+    np.testing.assert_array_equal(lr.lines[0].get_ydata(), HISTORY["lr"])
+    for axis in display.axes_:
+        assert all(list(line.get_xdata()) == [1, 2, 3] for line in axis.lines)
+    # Told apart without colours, too.
+    assert len({(line.get_color(), line.get_linestyle()) for line in loss.lines}) == 3
+    assert loss.get_yscale() == "log"
+
+
+def test_training_of_an_estimator_with_validation_rows():
+    X, y = make_images()
+    clf = fit(X, y, early_stopping=True, validation_fraction=0.25)
+    display = TrainingDisplay.from_estimator(clf)
+    assert display.axes_.shape == (4,)
+    np.testing.assert_allclose(display.axes_[1].lines[0].get_ydata(), 100 * clf.history_["k"] / (12 * 14))
+    np.testing.assert_array_equal(display.axes_[3].lines[0].get_ydata(), clf.history_["valid_score"])
+    assert "answer, validation" in curves(display.axes_[0])
+    with pytest.raises(ValueError, match=r"ax must have the shape \(4,\); got \(3,\)"):
+        display.plot(ax=plt.subplots(1, 3)[1])
+
+
+# ---- MeanAttentionDisplay ----
+
+
+def test_mean_attention_by_true_and_predicted_class():
+    maps = np.random.default_rng(0).random((6, 5, 7))
+    y, predicted = np.array(list("aabbca")), np.array(list("abbbac"))
+    display = MeanAttentionDisplay.from_maps(maps, y, predicted, classes=["a", "b", "c"], class_names="ABC")
+    np.testing.assert_array_equal(display.counts, [[1, 1, 1], [0, 2, 0], [1, 0, 0]])
+    np.testing.assert_allclose(display.attention[1, 1], maps[[2, 3]].mean(axis=0))
+    np.testing.assert_allclose(display.attention[2, 0], maps[4])
+    assert np.isnan(display.attention[display.counts == 0]).all()
+    for (i, j), axis in np.ndenumerate(display.axes_):
+        head = f"predicted {'ABC'[j]}\n" if i == 0 else ""
+        assert axis.get_title() == f"{head}{display.counts[i, j]}"
+        assert axis.get_ylabel() == (f"true {'ABC'[i]}" if j == 0 else "")
+        assert np.ma.getmaskarray(shown(axis)).all() == (display.counts[i, j] == 0)
+    assert len({axis.images[0].get_clim() for axis in display.axes_.flat}) == 1
+
+
+@pytest.mark.parametrize("attention", ["fine", "coarse"])
+def test_mean_attention_of_an_estimator_is_that_of_its_maps_in_pieces(attention, monkeypatch):
+    clf, X, y = fitted(dtype=np.float64)
+    monkeypatch.setattr("sklearn_sparseattn.display.mean_attention._ROWS", 7)
+    display = MeanAttentionDisplay.from_estimator(
+        clf, sparse.coo_array(X.reshape(len(X), -1)), y, attention=attention
+    )
+    expected = MeanAttentionDisplay.from_maps(
+        clf.attention_maps(X)[attention], y, clf.predict(X), classes=clf.classes_
+    )
+    np.testing.assert_array_equal(display.counts, expected.counts)
+    np.testing.assert_allclose(display.attention, expected.attention, atol=1e-6)
+
+
+def test_mean_attention_says_what_is_wrong():
+    maps, y = np.ones((2, 3, 3)), np.array([0, 1])
+    with pytest.raises(ValueError, match=r"y has labels \[1\] which are not among the classes \[0, 2\]"):
+        MeanAttentionDisplay.from_maps(maps, y, y, classes=[0, 2])
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        MeanAttentionDisplay.from_maps(maps, y[:1], y, classes=[0, 1])
+    with pytest.raises(ValueError, match="attention='both' must be"):
+        MeanAttentionDisplay.from_estimator(None, maps, y, attention="both")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: TrainingDisplay.from_history(HISTORY, n_pixels=200),
+        lambda: MeanAttentionDisplay.from_maps(np.ones((1, 3, 3)), [0], [0], classes=[0]),
+    ],
+)
+def test_the_other_displays_too_name_the_extra_they_need(make, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(
+        ImportError, match=r"Display needs matplotlib: pip install 'sklearn-sparseattn\[plot\]'"
+    ):
+        make()
+
+
+# ---- notebooks ----
+
+
+@pytest.mark.parametrize("is_fitted", [False, True])
+def test_html_of_an_estimator_names_it_its_parameters_and_its_state(is_fitted):
+    clf = SparseAttnClassifier(k_init=0.37)
+    if is_fitted:
+        clf = fit(*make_images(), k_init=0.37)
+    html = clf._repr_html_()
+    assert "SparseAttnClassifier" in html
+    assert "0.37" in html
+    assert ("<span>Fitted</span>" in html, "<span>Not fitted</span>" in html) == (is_fitted, not is_fitted)
+    assert 'href="http' not in html  # this estimator has no page on scikit-learn.org
+
+
+def test_the_progress_bar_does_without_ipywidgets(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)  # which in a notebook would warn
+    fit(*make_images(), verbose=1)
+    assert "2/2" in capsys.readouterr().err

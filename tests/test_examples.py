@@ -179,9 +179,12 @@ def test_compare_classifiers(capsys):
 def test_persistence(tmp_path, capsys):
     loaded = load_example("persistence").main(tmp_path, n_samples=30, image_size=16, max_epochs=1)
     text = capsys.readouterr().out
-    assert "same probabilities  yes, to the bit" in text
-    [file] = tmp_path.iterdir()
-    assert row_of(text, "file size") == [round(file.stat().st_size / 1024)]
+    assert text.count("the same bits") == 2
+    assert "100 % of the images the same to 1e-5" in text
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["cells.joblib", "cells.onnx", "cells.safetensors"]
+    for file in files:
+        assert row_of(text, file.name)[0] == round(file.stat().st_size / 1024)
     assert loaded.predict(np.zeros((2, 16, 16, 3), dtype=np.uint8)).shape == (2,)
 
 
@@ -198,13 +201,27 @@ def test_pixel_sets(capsys):
 
 
 def test_plot_attention(tmp_path, capsys):
-    load_example("plot_attention").main(n_samples=40, image_size=16, max_epochs=1, n_shown=2, folder=tmp_path)
+    load_example("plot_attention").main(n_samples=60, image_size=16, max_epochs=1, n_shown=2, folder=tmp_path)
     text = capsys.readouterr().out
     for modality in MODALITIES:
-        accuracy, on_cell, cell = row_of(text, modality)[:3]
+        accuracy, on_cell, cell, in_frame, frame = row_of(text, modality)[:5]
         assert 0 <= accuracy <= 1
         assert 0 <= on_cell <= 100
         assert 10 < cell < 40
+        assert 0 <= in_frame <= 100
+        assert frame == 44  # 16² - 12² of 16²
         width, height = picture_size(tmp_path / f"attention_{modality}.png")
-        assert width > height > 400
-    assert len(list(tmp_path.iterdir())) == 4
+        assert width > height > 200
+    for name in ("training", "mean_attention"):
+        assert min(picture_size(tmp_path / f"{name}.png")) > 100
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_write_report(tmp_path, capsys):
+    output = tmp_path / "report.html"
+    load_example("write_report").main(n_samples=80, image_size=24, max_epochs=1, output=output)
+    page = output.read_text(encoding="utf-8")
+    assert f"20 images, {output.stat().st_size / 1e6:.1f} MB: open {output}" in capsys.readouterr().out
+    assert page.count('<li class="cell') == 20
+    assert len(re.findall(r'title="cell_\d{4}\.tif"', page)) == 20
+    assert "neutrophil" in page

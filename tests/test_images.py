@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
@@ -13,9 +14,11 @@ from hypothesis.extra import numpy as hnp
 from scipy import sparse
 from sklearn.base import BaseEstimator
 
+from sklearn_sparseattn import PixelSetTransformer, SparseAttnClassifier
 from sklearn_sparseattn.images import (
     ImageRows,
     PixelScale,
+    call_given,
     chunk_slices,
     extremes,
     learn_data_range,
@@ -527,3 +530,39 @@ def test_warning_of_other_units(values, data_range, warns):
 
 def test_no_images_no_warning():
     warn_of_other_range(ImageRows(np.zeros((0, 4)), (2, 2, 1)), (0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    "X",
+    [
+        [[None] * 16] * 2,
+        [[Fraction(1, 2)] * 15 + [None]] * 2,
+        [[[1.0, None], [0, 1]]] * 2,
+        [[10**400] * 16] * 2,
+        np.array([[10**400] * 16] * 2, dtype=object),
+    ],
+    ids=["None", "mixed", "one None", "large", "large objects"],
+)
+@pytest.mark.parametrize("estimator", [SparseAttnClassifier(), PixelSetTransformer()], ids=["clf", "pixels"])
+def test_lists_of_what_is_no_number(X, estimator):
+    with pytest.raises(ValueError, match=r"NaN|beyond all floats"):
+        estimator.fit(X, [0, 1])
+
+
+def test_lists_of_any_numbers_are_numbers():
+    halves = [[Fraction(i, 2) for i in range(16)] for _ in range(2)]
+    found, _ = validate_images(SparseAttnClassifier(), halves, reset=True)
+    np.testing.assert_array_equal(found.read(slice(0, 1)).ravel(), np.arange(16) / 2)
+
+
+def test_a_function_of_the_user_is_named_if_it_cannot_be_called():
+    assert call_given("score", np.add, 1, 2) == 3
+    assert call_given("score", max, 1, 2) == 2  # has no signature
+    with pytest.raises(TypeError, match=r"^score=.*called with 2 arguments: too many"):
+        call_given("score", lambda images: images, 1, 2)
+
+    def wrong_inside(images):
+        return len(images) + None
+
+    with pytest.raises(TypeError, match=r"^unsupported operand"):  # the user's own error is not touched
+        call_given("score", wrong_inside, [])

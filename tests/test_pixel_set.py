@@ -524,6 +524,7 @@ def test_parameters_are_checked_again_after_the_fit():
         (lambda images: images[..., 0].astype(complex), "dtype complex128"),
         (lambda images: np.full(images.shape[:3], "a"), "dtype <U1"),
         (lambda images: np.where(images[..., 0] > 250, np.nan, 0), "without NaN"),
+        (lambda images: [[1], [1, 2]], r"score=.* gave no array"),
     ],
 )
 def test_errors_of_scores(score, message):

@@ -1,6 +1,6 @@
 /* SparseAttnNet run on images, one image at a time: float32, in memory that does not grow with their number.
 
-   What is computed stands in network/; here is how, with all batch norms folded into the layers before them.
+   What is computed stands in network/; here is how, with the head's batch norms folded into the layers before them.
    Plain C functions, called through ctypes with the interpreter lock released; the Python module in here is
    empty. Nothing is kept between calls, so any number of threads may call.
 
@@ -24,7 +24,7 @@
 
 typedef struct {
     int32_t n_inputs, n_outputs, stride; /* n_outputs padded */
-    const float *weight, *bias;
+    const float *weight, *factor, *bias; /* the latter are batch norm */
 } Stage;
 
 typedef struct {
@@ -149,6 +149,7 @@ INLINE lanes sigmoid(lanes x) {
 /* Outputs from `first` on, of one stage. */
 INLINE void convolve_lanes(const Map *in, const Map *out, const Stage *stage, int32_t first, int n_columns,
                            int n_lanes) {
+    static const float none[MOST_SUMS * LANES];
     size_t step = (size_t)stage->stride * in->channels, apart[MOST_SUMS];
     UNROLL for (int c = 0; c < n_columns; c++) apart[c] = c * step;
     for (int32_t i = 0; i < out->rows; i++) {
@@ -157,16 +158,20 @@ INLINE void convolve_lanes(const Map *in, const Map *out, const Stage *stage, in
         for (int32_t j = 0; j < out->columns; j += n_columns) {
             lanes sums[MOST_SUMS];
             multiply(input + j * step, apart, in->pitch, in->channels, 3, stage->n_inputs, stage->weight + first,
-                     stage->n_outputs, stage->bias + first, n_columns, n_lanes, sums);
+                     stage->n_outputs, none, n_columns, n_lanes, sums);
             UNROLL for (int c = 0; c < n_columns; c++)
-                UNROLL for (int l = 0; l < n_lanes; l++)
+                UNROLL for (int l = 0; l < n_lanes; l++) {
+                    lanes sum = sums[c * n_lanes + l] * load(stage->factor + first + l * LANES) +
+                                load(stage->bias + first + l * LANES);
                     if (j + c < out->columns)
-                        store(output + (size_t)(j + c) * out->channels + l * LANES, rectified(sums[c * n_lanes + l]));
+                        store(output + (size_t)(j + c) * out->channels + l * LANES, rectified(sum));
+                }
         }
     }
 }
 
-/* 3x3 convolution with its batch norm folded in, and ReLU. */
+/* 3x3 convolution, batch norm and ReLU. Norms are not folded in here: where they magnify, the rounding of the folded
+   weights, the same in all cells, would be most of the error. */
 INLINE void convolve(const Map *in, const Map *out, const Stage *stage) {
     int32_t first = 0, left = stage->n_outputs / LANES;
     for (; left >= 5 || left == 3; left -= 3, first += 3 * LANES) convolve_lanes(in, out, stage, first, 4, 3);

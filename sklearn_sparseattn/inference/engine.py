@@ -32,7 +32,7 @@ def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
 class _Stage(ctypes.Structure):
     _fields_ = [
         *_fields(ctypes.c_int32, "n_inputs", "n_outputs", "stride"),
-        *_fields(ctypes.c_void_p, "weight", "bias"),
+        *_fields(ctypes.c_void_p, "weight", "factor", "bias"),
     ]
 
 
@@ -99,6 +99,7 @@ class Engine:
     def __init__(self, network: SparseAttnNet, image_shape: ImageShape, scale: PixelScale) -> None:
         self._kept: list[np.ndarray] = []  # alive as long as the plan that points to them
         self._scale = scale
+        self._background = np.float32(network.coarse.background)
         self._image_shape = image_shape
         self.seconds = np.zeros(len(PARTS))
         self._plan = self._make_plan(network)
@@ -122,7 +123,7 @@ class Engine:
             None if there is no compiled code, the images are too large for it, or the network is elsewhere
             than on the CPU or not the plain one.
         """
-        if _LIBRARY is None or math.prod(image_shape[:2]) > MOST_PIXELS or not _is_plain(network):
+        if _LIBRARY is None or math.prod(image_shape[:2]) > MOST_PIXELS or not is_plain(network):
             return None
         return cls(network, image_shape, scale)
 
@@ -148,10 +149,13 @@ class Engine:
         Raises
         ------
         ValueError
-            If values are so far outside the range of the fit that they overflow when scaled.
+            If the images have another shape than those of the fit, or values so far outside the range of the
+            fit that they overflow when scaled.
         MemoryError
             If there is none.
         """
+        if images.shape[1:] != self._image_shape:
+            raise ValueError(f"images of shape {images.shape[1:]}, not {self._image_shape}, cannot be run.")
         plan, n = self._plan, len(images)
         found: dict[str, np.ndarray] = {
             "failed": np.zeros(n, dtype=np.bool_),
@@ -170,6 +174,7 @@ class Engine:
             given: tuple[int | None, int | None] = (images.ctypes.data, None)
         else:
             images = self._scale.finite(images)
+            images -= self._background
             given = (None, images.ctypes.data)
         if _LIBRARY.sparseattn_run(ctypes.addressof(plan), *given, n, ctypes.addressof(results)):
             raise MemoryError(f"no memory to run a network on images of {self._image_shape}")
@@ -212,7 +217,7 @@ class Engine:
         with np.errstate(over="ignore"):
             bytes_scaled = self._scale(np.arange(256, dtype=np.uint8).reshape(1, 256, 1, 1))
         self._bytes_are_finite = bool(np.isfinite(bytes_scaled).all())
-        plan.bytes = self._keep(bytes_scaled.ravel())
+        plan.bytes = self._keep(bytes_scaled.ravel() - self._background)
         self._put_coarse(plan, network.coarse)
         self._put_tokens(plan, network)
         self._put_attention(plan, network)
@@ -222,10 +227,11 @@ class Engine:
     def _put_coarse(self, plan: _Plan, coarse: CoarseAttention) -> None:
         for stage, (convolution, norm, _) in zip(plan.stages, _stages(coarse), strict=False):
             factor, offset = _as_affine(norm)
-            weight = _array(convolution.weight) * factor[:, None, None, None]
+            weight = _array(convolution.weight)
             stage.n_inputs, stage.n_outputs = weight.shape[1], _round_up(len(weight))
             stage.stride = convolution.stride[0]
             stage.weight = self._keep(_by_position(weight), columns=stage.n_outputs)
+            stage.factor = self._keep(factor, columns=stage.n_outputs)
             stage.bias = self._keep(offset, columns=stage.n_outputs)
         weight = np.pad(_array(coarse.score.weight).ravel(), (0, plan.stages[1].n_outputs))
         n_middle = plan.stages[1].n_outputs
@@ -234,7 +240,8 @@ class Engine:
 
     def _put_tokens(self, plan: _Plan, network: SparseAttnNet) -> None:
         first = network.embedding.first
-        rows = np.vstack([_array(first.weight).T, _array(first.bias)])
+        weight = _array(first.weight)  # of place and values, and the latter lack the background
+        rows = np.vstack([weight.T, _array(first.bias) + self._background * weight[:, 2:].sum(1)])
         plan.position = self._keep(rows, columns=plan.embed_dim)
         if network.context is not None:
             for m, convolution in enumerate(network.context.convolve):
@@ -295,8 +302,19 @@ def _as_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[np.ndarray, np.nd
     return factor, _array(norm.bias) - mean * factor
 
 
-def _is_plain(network: SparseAttnNet) -> bool:
-    """Whether this is what `_engine.c` computes, on the CPU: nothing replaced, nothing hooked in."""
+def is_plain(network: SparseAttnNet) -> bool:
+    """Tell whether `_engine.c` computes this: on the CPU, nothing replaced, nothing hooked in.
+
+    Parameters
+    ----------
+    network : SparseAttnNet
+        Fitted.
+
+    Returns
+    -------
+    bool
+        If so, its form and its weights are all there is to it.
+    """
     with torch.device("meta"):
         twin = SparseAttnNet(k=1, **network.form)
     return (

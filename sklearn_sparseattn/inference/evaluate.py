@@ -44,15 +44,32 @@ def evaluate(network: SparseAttnNet, images: ImageRows, scale: PixelScale) -> It
     ValueError
         If values of X are so far outside the range of the fit that they overflow when scaled.
     """
-    device = next(network.parameters()).device
-    if device.type == "mps":
-        device = torch.device("cpu")
-    exact = copy.deepcopy(network).to(device=device, dtype=torch.float64).eval()
+    exact = exact_copy(network)
+    device = next(exact.parameters()).device
     for rows in chunk_slices(len(images), images.image_shape):
         batch = torch.from_numpy(scale.finite(images.read(rows))).to(device=device, dtype=torch.float64)
         with torch.inference_mode():
             output = SparseAttnOutput(*(part.cpu() for part in exact(batch)))
         yield rows, output
+
+
+def exact_copy(network: SparseAttnNet) -> SparseAttnNet:
+    """Copy a network in float64.
+
+    Parameters
+    ----------
+    network : SparseAttnNet
+        Fitted.
+
+    Returns
+    -------
+    SparseAttnNet
+        In evaluation mode; where the network is, on the CPU instead of MPS, which has no float64.
+    """
+    device = next(network.parameters()).device
+    if device.type == "mps":
+        device = torch.device("cpu")
+    return copy.deepcopy(network).to(device=device, dtype=torch.float64).eval()
 
 
 def run(

@@ -89,17 +89,16 @@ def attention_maps(
     contribution = np.zeros(coarse.shape, dtype)
     pixels = np.empty((n_images, k), dtype=np.int64)
     for rows, output in passes:
-        scores = output.scores.flatten(1)
-        chosen = output.pixels.long()
+        # By NumPy: PyTorch would start threads.
+        scores = output.scores.flatten(1).numpy()
+        chosen = output.pixels.numpy().astype(np.int64)
         # In float32 high attention rounds to 1.
-        coarse[rows] = (scores.double() if dtype == np.float64 else scores).sigmoid().numpy()
-        np.put_along_axis(fine[rows], chosen.numpy(), output.attention.numpy().astype(dtype), axis=1)
-        np.put_along_axis(
-            contribution[rows], chosen.numpy(), output.contribution.numpy().astype(dtype), axis=1
-        )
+        _sigmoid(scores, out=coarse[rows])
+        np.put_along_axis(fine[rows], chosen, output.attention.numpy().astype(dtype), axis=1)
+        np.put_along_axis(contribution[rows], chosen, output.contribution.numpy().astype(dtype), axis=1)
         # The network keeps its pixels in ascending order, so that ties go by index.
-        order = _descending(scores.gather(1, chosen).numpy())
-        pixels[rows] = np.take_along_axis(chosen.numpy(), order, axis=1)
+        order = _descending(np.take_along_axis(scores, chosen, axis=1))
+        pixels[rows] = np.take_along_axis(chosen, order, axis=1)
     shape = (n_images, height, width)
     return {
         "coarse": coarse.reshape(shape),
@@ -109,10 +108,28 @@ def attention_maps(
     }
 
 
+def _sigmoid(scores: np.ndarray, *, out: np.ndarray) -> None:
+    """1 / (1 + exp(-scores)) in the dtype of `out`; in place, several times faster than scipy's expit.
+
+    Beyond the limit the exponential would overflow; there it is 0 or 1 but for a rounding error.
+    """
+    limit = np.log(np.finfo(out.dtype).max) - 2
+    np.negative(scores, out=out)
+    np.clip(out, -limit, limit, out=out)
+    np.exp(out, out=out)
+    out += 1
+    np.reciprocal(out, out=out)
+
+
 def _descending(values: np.ndarray) -> np.ndarray:
-    """Order of each row from its greatest value down, ties as they come: a stable sort only where there are any."""
-    order = np.argsort(-values, axis=1)
-    ordered = np.take_along_axis(values, order, axis=1)
-    has_ties = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
-    order[has_ties] = np.argsort(-values[has_ties], axis=1, kind="stable")
-    return order
+    """Order of each row from its greatest value down, ties as they come.
+
+    In float32, value and place are one integer: to sort these is several times faster than a stable sort.
+    """
+    if values.dtype != np.float32:
+        return np.argsort(-values, axis=1, kind="stable")
+    bits = (0 - values).view(np.int32)  # 0 - 0 and 0 - (-0) are the same zero
+    rising = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64)
+    keys = rising << 32 | np.arange(values.shape[1])
+    keys.sort(axis=1)
+    return keys & 0xFFFFFFFF

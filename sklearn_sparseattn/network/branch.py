@@ -5,17 +5,15 @@ the cache: several times as fast, with little memory, and the same bits with any
 """
 
 import ctypes
-import importlib.util
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .compiled import LANES, load_library, point, share_out, threads
 from .fine import EPSILON
 
-_LANES = 8
 _N_MAPS = 2
 MOST_PIXELS = 2**30  # of an image: they are counted in int32
 _Maps = ctypes.c_void_p * _N_MAPS
@@ -47,17 +45,11 @@ class _Branch(ctypes.Structure):
 
 def _load_library() -> Any:
     """The compiled code, if it was built with the package; else None."""
-    spec = importlib.util.find_spec("._branch", __package__)
-    if spec is None or spec.origin is None:
-        return None
-    library = ctypes.CDLL(spec.origin)
-    library.sparseattn_branch_size.restype = ctypes.c_int64
-    if library.sparseattn_branch_size() != ctypes.sizeof(_Branch):
-        raise ImportError(f"{spec.origin} was built from other sources: install sklearn-sparseattn again.")
-    library.sparseattn_branch.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32]
-    library.sparseattn_select.argtypes = [
-        *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
-    ]
+    library = load_library("branch", _Branch)
+    if library is not None:
+        library.sparseattn_select.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
+        ]
     return library
 
 
@@ -88,8 +80,8 @@ def is_compiled(images: Tensor, maps: tuple[Tensor, ...], embed_dim: int, key_di
         and not images.requires_grad
         and images.shape[-2:].numel() <= MOST_PIXELS
         and len(maps) == _N_MAPS
-        and embed_dim % _LANES == key_dim % (2 * _LANES) == 0
-        and all(cells.shape[1] % _LANES == 0 for cells in maps)
+        and embed_dim % LANES == key_dim % (2 * LANES) == 0
+        and all(cells.shape[1] % LANES == 0 for cells in maps)
     )
 
 
@@ -116,8 +108,13 @@ def select(scores: Tensor, k: int) -> Tensor | None:
         return None
     scores = scores.contiguous()
     indices = torch.empty(n_images, k, dtype=torch.int64)
-    failed = _LIBRARY.sparseattn_select(scores.data_ptr(), n_images, n_pixels, k, indices.data_ptr())
-    return None if failed else indices
+
+    def select_some(begin: int, end: int) -> int:
+        given, found = scores[begin:].data_ptr(), indices[begin:].data_ptr()
+        return _LIBRARY.sparseattn_select(given, end - begin, n_pixels, k, found)
+
+    with threads(n_images) as pool:
+        return indices if share_out(pool, select_some, n_images) else None
 
 
 class TokenBranch(torch.autograd.Function):
@@ -151,7 +148,7 @@ class TokenBranch(torch.autograd.Function):
             "attention": images.new_empty(n_images, k),
             "contribution": images.new_empty(n_images, k),
         }
-        _point(branch, results)
+        point(branch, results)
         _run(branch, n_images, is_back=False)
         results["attention"] /= branch.key_dim
         ctx.mark_non_differentiable(results["attention"], results["contribution"])
@@ -179,7 +176,7 @@ class TokenBranch(torch.autograd.Function):
         found = {name: images.new_zeros(n_images, *shape) for name, shape in shapes.items()}
         by_cell = [torch.empty_like(cells) for cells in kept[:_N_MAPS]]
         by_image = [images.new_zeros(n_images, 9, cells.shape[-1], size) for cells in by_cell]
-        _point(branch, given | found)
+        point(branch, given | found)
         branch.d_maps[:] = [cells.data_ptr() for cells in by_cell]
         branch.d_convolve[:] = [weight.data_ptr() for weight in by_image]
         _run(branch, n_images, is_back=True)
@@ -236,27 +233,13 @@ def _describe(
         convolve=_Maps(*(weight.data_ptr() for weight in convolve)),
         back=_Maps(*(weight.data_ptr() for weight in back)),
     )
-    _point(branch, plain)
+    point(branch, plain)
     return branch, [*maps, *convolve, *back, *plain.values()]
 
 
-def _point(branch: _Branch, tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        setattr(branch, name, tensor.data_ptr())
-
-
 def _run(branch: _Branch, n_images: int, *, is_back: bool) -> None:
-    """All images, shared out among as many threads as PyTorch has."""
-    address, n_threads = ctypes.addressof(branch), min(torch.get_num_threads(), n_images)
-    cuts = [n_images * i // n_threads for i in range(n_threads + 1)]
-
-    def run(begin: int, end: int) -> int:
-        return _LIBRARY.sparseattn_branch(address, begin, end, is_back)
-
-    if n_threads == 1:
-        failed = [run(0, n_images)]
-    else:
-        with ThreadPoolExecutor(n_threads) as pool:
-            failed = list(pool.map(run, cuts[:-1], cuts[1:]))
-    if any(failed):
+    address = ctypes.addressof(branch)
+    with threads(n_images) as pool:
+        done = share_out(pool, lambda *share: _LIBRARY.sparseattn_branch(address, *share, is_back), n_images)
+    if not done:
         raise MemoryError("no memory for the tokens of an image")

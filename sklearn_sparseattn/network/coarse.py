@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .look import look as compiled_look
+
 
 def _convolution(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
     """3x3 convolution, batch norm, ReLU."""
@@ -68,11 +70,18 @@ class CoarseAttention(nn.Module):
         Length F of the pooled features: the mean and the maximum of each channel of the last stage.
     steps : tuple of int
         Pixels from one cell of each stage's map to the next. Cell (i, j) lies over pixel (i, j) * step.
+    background : Tensor of shape ()
+        The level that images go on with beyond their borders, a buffer; 0 at first.
+    compiled : bool
+        Whether compiled code may stand in for the first two stages and the scores, in training on a CPU.
 
     Notes
     -----
     The second stage is scored, and the scores of its cells are interpolated linearly between the pixels that
     they lie over; beyond the last cell its score goes on.
+
+    The convolutions are padded with zeros. Where the background is not black that makes a frame of edges,
+    more striking than many a cell: so `background` is taken from the images first.
 
     References
     ----------
@@ -88,6 +97,9 @@ class CoarseAttention(nn.Module):
     (torch.Size([2, 135, 90]), torch.Size([2, 48]))
     """
 
+    background: Tensor
+    compiled = True  # of the class, so that networks from before are what new ones are
+
     def __init__(
         self,
         in_channels: int = 1,
@@ -99,6 +111,7 @@ class CoarseAttention(nn.Module):
             raise ValueError(
                 f"channels={channels}, strides={strides} must be two or three stages, each with its stride."
             )
+        self.register_buffer("background", torch.zeros(()))
         self.early = _convolution(in_channels, channels[0], strides[0])
         self.middle = _convolution(channels[0], channels[1], strides[1])
         self.score = nn.Conv2d(channels[1], 1, 1)
@@ -141,14 +154,26 @@ class CoarseAttention(nn.Module):
         CoarseLook
             Scores, pooled features and the map of each stage.
         """
-        early = self.early(images)
-        middle = self.middle(early)
-        maps = (early, middle) if self.deep is None else (early, middle, self.deep(middle))
-        height, width = images.shape[-2:]
-        scores = _between_cells(self.score(middle), self.steps[1])[:, 0, :height, :width]
-        pooled = maps[-1].flatten(2)
-        z_coarse = torch.cat([pooled.mean(-1), pooled.amax(-1)], dim=1)
-        return CoarseLook(scores, z_coarse, maps)
+        images = images - self.background
+        quick = compiled_look(images, self.early, self.middle, self.score) if self.compiled else None
+        if quick is not None:
+            scores, z_coarse, early, middle = quick
+        else:
+            early = self.early(images)
+            middle = self.middle(early)
+            height, width = images.shape[-2:]
+            scores = _between_cells(self.score(middle), self.steps[1])[:, 0, :height, :width]
+            z_coarse = _pooled(middle)
+        if self.deep is None:
+            return CoarseLook(scores, z_coarse, (early, middle))
+        deep = self.deep(middle)
+        return CoarseLook(scores, _pooled(deep), (early, middle, deep))
+
+
+def _pooled(cells: Tensor) -> Tensor:
+    """Mean and maximum of each channel, (B, 2 * channels)."""
+    flat = cells.flatten(2)
+    return torch.cat([flat.mean(-1), flat.amax(-1)], dim=1)
 
 
 def _between_cells(cells: Tensor, step: int) -> Tensor:

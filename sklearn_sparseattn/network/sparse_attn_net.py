@@ -184,7 +184,7 @@ class SparseAttnNet(nn.Module):
         pixels : Tensor of shape (B, k), int64
             The k with the highest scores, ascending.
         """
-        return select_pixel_set(scores, self.n_chosen(scores[0].numel()))
+        return select_pixel_set(scores, self.n_chosen(scores.shape[1:].numel()))
 
     def attend(
         self, images: Tensor, pixels: Tensor, scores: Tensor, maps: tuple[Tensor, ...]
@@ -211,7 +211,8 @@ class SparseAttnNet(nn.Module):
         """
         fine, out = self.fine, self.embedding.out
         widths = fine.key.weight.shape[::-1]
-        if not (self.context is not None and self.compiled and is_compiled(images, maps, *widths)):
+        compiled = self.compiled and len(images) > 0 and is_compiled(images, maps, *widths)
+        if self.context is None or not compiled:
             return fine.attend(self.hidden_tokens(images, pixels, scores, maps), out)
         gates = scores.flatten(1).gather(1, pixels).sigmoid()
         first = self.embedding.first

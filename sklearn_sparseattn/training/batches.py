@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..images import ImageRows, PixelScale
+from ..images import ImageRows, PixelScale, call_given
 
 Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 Batch = tuple[Tensor, tuple[Tensor, Tensor]]
@@ -73,7 +73,11 @@ class LabelledImages(Dataset):
 
 
 def _augmented(images: np.ndarray, augment: Augmentation, rng: np.random.Generator) -> np.ndarray:
-    result = np.ascontiguousarray(augment(images, rng), dtype=np.float32)
+    result = call_given("augment", augment, images, rng)
+    try:
+        result = np.ascontiguousarray(np.asarray(result).astype(np.float32, casting="same_kind", copy=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"augment gave what is no array of numbers: {error}.") from error
     if result.shape != images.shape:
         raise ValueError(
             f"augment turned images of shape {images.shape} into {result.shape}; the shape must stay."

@@ -401,7 +401,7 @@ def to_pixels(count: float, n_pixels: int) -> float:
     float
         Pixels, neither rounded nor clipped.
     """
-    return float(count) if _is_int(count) else float(count) * n_pixels
+    return float(min(count, 2**53)) if _is_int(count) else float(count) * n_pixels
 
 
 def _is_int(value: Any) -> bool:

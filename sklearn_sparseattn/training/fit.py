@@ -1,9 +1,9 @@
 """One fit: a network, training rows and settings in; a trained network and its history out."""
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from ..network import SparseAttnNet
 from .batches import Augmentation, Batches, LabelledImages, count_batches
+from .checkpoint import Checkpoint, LastEpoch
 from .dynamic_k import DynamicK
 from .net import LOSS_TERMS, LearningRate, ProgressBar, SparseAttnLoss, SparseAttnTrainer
 
@@ -63,16 +64,12 @@ class TrainingSettings:
             The settings.
         """
         picked = {field.name: params[field.name] for field in fields(cls)} | changes
-        # NumPy's numbers, from a parameter grid for one, would overflow, and PyTorch refuses some.
-        plain = {
-            name: value.item() if isinstance(value, np.generic) else value for name, value in picked.items()
-        }
-        return cls(**plain)
+        return cls(**{name: _plain(value) for name, value in picked.items()})
 
 
 @dataclass(frozen=True)
 class ResumeState:
-    """What the next `partial_fit` takes up, besides the network."""
+    """What the next `partial_fit` takes up, besides the network; the optimiser's tensors are arrays here."""
 
     optimizer: dict[str, Any]
     dynamic_k: dict[str, float | None]
@@ -81,10 +78,14 @@ class ResumeState:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a fit leaves behind, besides the trained network: its history by column, and how to go on."""
+    """What a fit leaves behind, besides the trained network.
+
+    Its history by column, how to go on, and whether the keyboard ended it.
+    """
 
     history: dict[str, np.ndarray]
     resume: ResumeState
+    interrupted: bool
 
 
 def train(
@@ -99,6 +100,7 @@ def train(
     rng: np.random.Generator,
     device: torch.device,
     state: ResumeState | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> TrainingResult:
     """Train `network` in place.
 
@@ -124,6 +126,8 @@ def train(
         Where to train.
     state : ResumeState, default=None
         Of an earlier call, to be continued.
+    checkpoint : Checkpoint, default=None
+        Written after each epoch, and taken up if it holds some.
 
     Returns
     -------
@@ -134,16 +138,23 @@ def train(
     -----
     UserWarning
         If it was interrupted from the keyboard after at least one epoch.
+
+    Raises
+    ------
+    ValueError
+        If it diverges.
+    OSError
+        If the checkpoint cannot be written.
     """
     given = _given_callbacks(settings.callbacks)
     dynamic_k = next((callback for _, callback in given if isinstance(callback, DynamicK)), dynamic_k)
     callbacks = _callbacks(settings, dynamic_k, validation is not None, len(training))
     callbacks += [(name, callback) for name, callback in given if callback is not dynamic_k]
-    if settings.early_stopping:  # last, since it ends the round of callbacks
-        stopping = EarlyStopping(
-            patience=settings.patience, threshold=0, load_best=True, sink=lambda text: None
-        )
+    stopping = EarlyStopping(patience=settings.patience, threshold=0, load_best=True, sink=lambda text: None)
+    if settings.early_stopping:  # after all that look at an epoch, since it ends the round of callbacks
         callbacks.append(("early_stopping", stopping))
+    last = LastEpoch(rng, checkpoint)
+    callbacks.append(("last_epoch", last))
     trainer = SparseAttnTrainer(
         network,
         criterion=_loss(settings, class_weight),
@@ -165,23 +176,56 @@ def train(
         verbose=0,
     ).initialize()
     if state is not None:
-        trainer.optimizer_.load_state_dict(copy.deepcopy(state.optimizer))
+        _restore(trainer.optimizer_, state.optimizer)
         # They come back as they were; set_params may have changed them since.
         trainer.optimizer_.param_groups[0].update(lr=settings.lr, weight_decay=settings.weight_decay)
         dynamic_k.load_state_dict(state.dynamic_k)
-    trainer.partial_fit(training)
+    trainer.partial_fit(training, epochs=settings.max_epochs - last.n_epochs_)
 
     finished = [row for row in trainer.history if "lr" in row]  # the last thing written of an epoch
     stopped = any(isinstance(c, EarlyStopping) and c.misses_ >= c.patience for _, c in callbacks)
-    if len(finished) < settings.max_epochs and not stopped:
-        _interrupted(len(finished), settings.max_epochs)
-    optimizer = tree_map(_on_cpu, trainer.optimizer_.state_dict())
+    interrupted = len(finished) < settings.max_epochs and not stopped
+    if interrupted:
+        if len(finished) == last.n_epochs_:  # else all is as the last epoch left it
+            last.go_back(trainer)
+            if settings.early_stopping and finished:
+                stopping.on_train_end(trainer)
+        _interrupted(
+            len(finished),
+            settings.max_epochs,
+            stopping.best_epoch_ if settings.early_stopping else 0,
+            checkpoint,
+        )
+    optimizer = tree_map(_as_array, trainer.optimizer_.state_dict())
     resume = ResumeState(optimizer, dynamic_k.state_dict(), rng)
-    return TrainingResult(_columns(finished), resume)
+    return TrainingResult(_columns(finished), resume, interrupted)
 
 
-def _on_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, torch.Tensor) else value
+def _plain(value: Any) -> Any:
+    """Python's own numbers: NumPy's, from a parameter grid for one, would overflow, PyTorch refuses some."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return min(int(value), 2**62)  # more would mean the same, if it could be computed with
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        return float(value)
+    return bool(value) if isinstance(value, np.bool_) else value
+
+
+def _as_array(value: Any) -> Any:
+    """A copy of a tensor that formats other than pickle, like that of skops, can hold."""
+    return np.array(value.cpu().numpy()) if isinstance(value, torch.Tensor) else value
+
+
+def _as_tensor(value: Any) -> Any:
+    return torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
+
+
+def _restore(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Bring an optimiser to a state of arrays."""
+    optimizer.load_state_dict(tree_map(_as_tensor, state))
+    for weight, found in optimizer.state.items():
+        for name, tensor in found.items():
+            if tensor.shape == weight.shape:  # fused steps go by place in memory, which files do not keep
+                found[name] = torch.empty_like(weight).copy_(tensor)
 
 
 def _loss(settings: TrainingSettings, class_weight: np.ndarray) -> SparseAttnLoss:
@@ -233,12 +277,13 @@ def _given_callbacks(callbacks: Sequence[Any] | None) -> list[tuple[str, Callbac
     return named
 
 
-def _interrupted(n_epochs: int, max_epochs: int) -> None:
+def _interrupted(n_epochs: int, max_epochs: int, best: int, checkpoint: Checkpoint | None) -> None:
     if n_epochs == 0:
         raise KeyboardInterrupt
     warnings.warn(
-        f"The fit was interrupted after {n_epochs} of {max_epochs} epochs; "
-        "the estimator keeps the weights it had then.",
+        f"The fit was interrupted after {n_epochs} of {max_epochs} epochs; the estimator is that of "
+        + (f"epoch {best}, the best so far." if best else f"epoch {n_epochs}, the last whole one.")
+        + ("" if checkpoint is None else " The same fit goes on from its checkpoint."),
         UserWarning,
         stacklevel=4,
     )

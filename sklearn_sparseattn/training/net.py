@@ -1,5 +1,6 @@
 """The skorch net that trains a SparseAttnNet: what a batch costs, and what is written down of it."""
 
+import importlib.util
 import math
 from typing import Any
 
@@ -12,6 +13,8 @@ from ..network import SparseAttnOutput
 from .losses import contrastive_loss, distillation_loss, focal_loss
 
 LOSS_TERMS = ("focal_loss", "contrastive_loss", "distillation_loss")
+
+_ROUNDING = 1e-5  # of float32 sums, with a margin
 
 
 class SparseAttnLoss(nn.Module):
@@ -110,12 +113,19 @@ class SparseAttnTrainer(skorch.NeuralNet):
             if not math.isfinite(loss.item()):
                 raise FloatingPointError("the loss is not finite")
         except FloatingPointError as error:
-            raise ValueError(
-                f"Training diverged in epoch {len(self.history)}: {error}. Try an lr lower than {self.lr:g}, "
-                "or look for extreme values in class_weight and sample_weight."
-            ) from error
+            raise diverged(self, str(error)) from error
         loss.backward()
         return {"loss": loss, "y_pred": output}
+
+    def validation_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
+        """Validate on a batch."""
+        try:
+            step = super().validation_step(batch, **fit_params)
+            if not math.isfinite(step["loss"].item()):
+                raise FloatingPointError("the loss is not finite")
+        except FloatingPointError as error:
+            raise diverged(self, f"{error} for validation images") from error
+        return step
 
     def get_loss(self, y_pred: Any, y_true: Any, X: Any = None, training: bool = False) -> Tensor:
         """Total loss in training, focal loss in validation: the other terms depend on the batch."""
@@ -129,6 +139,28 @@ class SparseAttnTrainer(skorch.NeuralNet):
         accuracy = (correct * weight).sum() / weight.sum()
         self.history.record_batch("valid_score", accuracy.item())
         return self.criterion_.focal(y_pred, target, weight)
+
+
+def diverged(net: skorch.NeuralNet, reason: str) -> ValueError:
+    """Make the error that ends a fit whose numbers went wrong.
+
+    Parameters
+    ----------
+    net : skorch.NeuralNet
+        In training.
+    reason : str
+        What was seen.
+
+    Returns
+    -------
+    ValueError
+        It names epoch and batch, and what may help.
+    """
+    batch = len(net.history[-1]["batches"])
+    return ValueError(
+        f"Training diverged in epoch {len(net.history)}, batch {batch}: {reason}. Try an lr lower than "
+        f"{net.lr:g}, or look for extreme values in X, class_weight and sample_weight."
+    )
 
 
 class LearningRate(Callback):
@@ -166,8 +198,8 @@ class ProgressBar(Callback):
 
     def on_train_begin(self, net: skorch.NeuralNet, X: Any = None, y: Any = None, **kwargs: Any) -> None:
         """Open the bar."""
-        from tqdm.auto import tqdm
-
+        # In a notebook tqdm.auto warns where ipywidgets are missing; the bar as text needs none.
+        tqdm = importlib.import_module("tqdm.auto" if importlib.util.find_spec("ipywidgets") else "tqdm").tqdm
         self.bar_ = tqdm(total=self.n_epochs, unit="epoch", desc="SparseAttnClassifier")
 
     def on_epoch_end(self, net: skorch.NeuralNet, **kwargs: Any) -> None:
@@ -176,7 +208,7 @@ class ProgressBar(Callback):
         if "valid_loss" in net.history[-1]:
             shown["valid"] = f"{net.history[-1, 'valid_loss']:.4f}"
         self.bar_.set_postfix(shown)
-        self.bar_.update()
+        self.bar_.update(len(net.history) - self.bar_.n)  # more than one if a checkpoint was taken up
 
     def on_train_end(self, net: skorch.NeuralNet, X: Any = None, y: Any = None, **kwargs: Any) -> None:
         """Close the bar."""
@@ -209,7 +241,18 @@ def recompute_batch_norm(network: nn.Module, batches: Any, device: torch.device)
             for norm in norms:
                 norm.momentum = 1 / (i + 1)  # the first batch replaces, the rest average
             network(images.to(device))
+        for norm in norms:
+            _soften_constants(norm)
     finally:
         network.eval()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+
+
+def _soften_constants(norm: Any) -> None:
+    """Set the variance of channels that differ by rounding alone, as those of images without content do.
+
+    Divided by eps alone the last digits of one norm after the other would decide.
+    """
+    mean, variance = norm.running_mean, norm.running_var
+    variance[variance < (_ROUNDING * mean).square()] = 1

@@ -3,7 +3,6 @@
 Each function reads the estimator's parameters by name and leaves everything else alone.
 """
 
-import math
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -12,11 +11,15 @@ import numpy as np
 import torch
 from sklearn.utils import check_random_state
 from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils.multiclass import check_classification_targets
 
-from ..images import ImageRows, ImageShape, PixelScale
+from ..images import ImageRows, ImageShape, PixelScale, chunk_slices
 from ..network import SparseAttnNet, strides_for
 from .batches import LabelledImages
 from .dynamic_k import DynamicK, to_pixels
+
+_MOST = float(np.finfo(np.float32).max)
+_ENOUGH = 1000  # images to find the background in
 
 
 def make_generators(random_state: Any) -> tuple[np.random.Generator, torch.Generator]:
@@ -42,7 +45,11 @@ def make_generators(random_state: Any) -> tuple[np.random.Generator, torch.Gener
 
 
 def new_network(
-    params: Mapping[str, Any], image_shape: ImageShape, n_classes: int, generator: torch.Generator
+    params: Mapping[str, Any],
+    image_shape: ImageShape,
+    n_classes: int,
+    generator: torch.Generator,
+    training: LabelledImages | None = None,
 ) -> SparseAttnNet:
     """Make a network with weights drawn from `generator`, without touching PyTorch's global one.
 
@@ -56,30 +63,68 @@ def new_network(
         Number of classes.
     generator : torch.Generator
         For the weights.
+    training : LabelledImages, default=None
+        Whose background becomes that of the network; without them it is 0.
 
     Returns
     -------
     SparseAttnNet
         On the CPU.
+
+    Raises
+    ------
+    ValueError
+        If the network cannot be made so large.
     """
     height, width, channels = image_shape
-    if isinstance(params["k_init"], bool | np.bool_):
-        raise ValueError(f"k_init={params['k_init']} is neither a number of pixels nor a share of them.")
-    with torch.device("meta"):  # where nothing is drawn
-        network = SparseAttnNet(
-            channels,
-            n_classes,
-            to_pixels(params["k_init"], height * width),
-            embed_dim=params["embed_dim"],
-            n_heads=params["n_heads"],
-            hidden_dim=params["hidden_dim"],
-            strides=strides_for(height, width),
-            variant=params["variant"],
-        )
-    network.to_empty(device="cpu").float().reset_parameters(generator)
+    sizes: dict[str, Any] = {name: int(params[name]) for name in ("embed_dim", "n_heads", "hidden_dim")}
+    try:
+        with torch.device("meta"):  # where nothing is drawn
+            network = SparseAttnNet(
+                channels,
+                n_classes,
+                to_pixels(params["k_init"], height * width),
+                strides=strides_for(height, width),
+                variant=params["variant"],
+                **sizes,
+            )
+        network.to_empty(device="cpu").float()
+    except (RuntimeError, OverflowError, TypeError) as error:
+        named = ", ".join(f"{name}={value}" for name, value in sizes.items())
+        raise ValueError(f"{named}: no network of this size can be made here.") from error
+    network.reset_parameters(generator)
+    network.coarse.background.fill_(0.0 if training is None else background_level(training))
     # In which the maps come as the sparse branch wants them, and a fifth of the time is saved.
     network.coarse.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
+
+
+def background_level(training: LabelledImages) -> float:
+    """Give the mean of the outermost pixels, of at most a thousand of the images.
+
+    Parameters
+    ----------
+    training : LabelledImages
+        At least one row.
+
+    Returns
+    -------
+    float
+        On the scale of the network.
+
+    Raises
+    ------
+    ValueError
+        If values are so far outside `data_range` that they overflow when scaled.
+    """
+    n = len(training.images)
+    images = training.images.take(np.linspace(0, n - 1, min(n, _ENOUGH)).astype(np.intp))
+    levels = []
+    for rows in chunk_slices(len(images), images.image_shape):
+        some = images.read(rows)
+        border = np.concatenate([some[:, 0], some[:, -1], some[:, 1:-1, 0], some[:, 1:-1, -1]], axis=1)
+        levels.append(training.scale.finite(border[:, None]).mean((1, 2, 3), dtype=np.float64))
+    return float(np.concatenate(levels).mean())
 
 
 def make_dynamic_k(params: Mapping[str, Any], n_pixels: int) -> DynamicK:
@@ -134,6 +179,35 @@ def label_images(
     return LabelledImages(images, target, weight / weight.mean(), scale)
 
 
+def unique_labels(labels: Any, name: str) -> np.ndarray:
+    """Sort labels, each once.
+
+    Parameters
+    ----------
+    labels : array-like of shape (n,)
+        Of any kind that can be put in order.
+    name : str
+        What the user calls them; "y" must be those of a classification.
+
+    Returns
+    -------
+    ndarray of shape (n_classes,)
+        The classes.
+
+    Raises
+    ------
+    ValueError
+        If they are none.
+    """
+    try:
+        with np.errstate(invalid="ignore"):  # whole floats beyond all integers
+            if name == "y":
+                check_classification_targets(labels)
+            return np.unique(labels)
+    except TypeError as error:
+        raise ValueError(f"{name} has labels that cannot be put in order: {error}.") from error
+
+
 def class_weights(class_weight: Any, classes: np.ndarray, training: LabelledImages) -> np.ndarray:
     """Give alpha of the focal loss, by class.
 
@@ -154,12 +228,14 @@ def class_weights(class_weight: Any, classes: np.ndarray, training: LabelledImag
     Raises
     ------
     ValueError
-        If a weight is negative or no finite number.
+        If a weight is negative, or no number that float32 holds.
     """
     if isinstance(class_weight, dict):
         for label, weight in class_weight.items():
-            if not (isinstance(weight, Real) and 0 <= float(weight) < math.inf):
-                raise ValueError(f"class_weight={class_weight!r}: the weight of {label!r} is no number >= 0.")
+            if not (isinstance(weight, Real) and 0 <= weight <= _MOST):  # type: ignore[operator]
+                raise ValueError(
+                    f"class_weight={class_weight!r}: weight of {label!r} is no number in [0, {_MOST:.3g}]."
+                )
     if not isinstance(class_weight, str):
         return compute_class_weight(class_weight, classes=classes, y=classes)
     counts = np.bincount(training.target, weights=training.weight, minlength=len(classes))

@@ -25,6 +25,7 @@ def make_network(image_shape, k, *, seed=0, n_classes=3, **options):
     generator = torch.Generator().manual_seed(seed)
     network = SparseAttnNet(channels, n_classes, k, strides=strides_for(height, width), **options)
     network.reset_parameters(generator)
+    network.coarse.background.fill_(0.37)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3, generator=generator)
@@ -309,6 +310,13 @@ def test_code_built_from_other_sources_is_refused(monkeypatch):
     monkeypatch.setattr(MODULE, "_Plan", Other)
     with pytest.raises(ImportError, match="built from other sources"):
         MODULE._load_library()
+
+
+@pytest.mark.parametrize("shape", [(8, 6, 1), (9, 5, 1), (9, 6, 2), (9, 6)])
+def test_images_of_another_shape_are_refused(shape):
+    engine = Engine.of(make_network((9, 6, 1), 5), (9, 6, 1), BYTES)
+    with pytest.raises(ValueError, match=r"\(9, 6, 1\)"):
+        engine.run(np.zeros((2, *shape), dtype=np.uint8))
 
 
 def test_what_happens_to_the_weights_later_is_not_seen():

@@ -17,6 +17,7 @@ from sklearn_sparseattn.inference import (
     fused_features,
     probabilities,
     resolve_device,
+    results,
 )
 from sklearn_sparseattn.network import SparseAttnNet, select_pixels, strides_for
 
@@ -30,6 +31,7 @@ def make_network(image_shape, share, seed=0):
     generator = torch.Generator().manual_seed(seed)
     network = SparseAttnNet(channels, N_CLASSES, share * height * width, strides=strides_for(height, width))
     network.reset_parameters(generator)
+    network.coarse.background.fill_(0.37)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3, generator=generator)
@@ -235,6 +237,18 @@ def test_attention_maps(case, dtype):
         assert not flat[off].any()
     assert (maps["fine"] >= 0).all()
     assert maps["contribution"].min() < 0 < maps["contribution"].max()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sigmoid_at_the_ends_of_the_scale(dtype):
+    largest = np.finfo(dtype).max
+    ends = np.array([0.0, 1e-30, 1.0, 30.0, 80.0, 100.0, 1e4, largest, np.inf], dtype=dtype)
+    scores = np.array([*-ends, *ends, np.nan], dtype=dtype)
+    found = np.empty(len(scores), dtype)
+    with np.errstate(all="raise"):
+        results._sigmoid(scores, out=found)
+    tiny = 10 * np.finfo(dtype).tiny
+    np.testing.assert_allclose(found, expit(scores), rtol=4 * np.finfo(dtype).eps, atol=tiny)
 
 
 # ---- devices ----

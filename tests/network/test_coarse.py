@@ -67,7 +67,7 @@ def along(position, n_cells, step):
 def reference(coarse, image, strides, n_stages):
     """Scores (H, W), z_coarse and the maps of one image (C, H, W)."""
     _, height, width = image.shape
-    early = stage(image, coarse.early)
+    early = stage(image - array(coarse.background), coarse.early)
     middle = stage(early, coarse.middle)
     maps = [early, middle]
     if n_stages == 3:
@@ -78,6 +78,16 @@ def reference(coarse, image, strides, n_stages):
     for i, j in itertools.product(range(height), range(width)):
         scores[i, j] = along(i, len(cells), step) @ cells @ along(j, len(cells[0]), step)
     return scores, np.concatenate([maps[-1].mean((1, 2)), maps[-1].max((1, 2))]), maps
+
+
+def test_a_plain_background_has_no_frame():
+    coarse = make_coarse(2, (2, 2, 2))
+    images = torch.full((1, 2, 20, 24), 0.8, dtype=torch.float64)
+    assert coarse(images)[0].std() > 1e-3  # for the zeros beyond the border
+    coarse.background.fill_(0.8)
+    np.testing.assert_allclose(array(coarse.early(images - 0.8).std((-1, -2))), 0, atol=1e-12)
+    look = coarse.look(images)
+    assert look.maps[0].std((-1, -2)).max() < 1e-12
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
@@ -213,7 +223,7 @@ def test_two_stages_are_the_first_two_of_three(strides):
     three = make_coarse(2, strides, channels=(3, 4, 5))
     two = make_coarse(2, strides[:2], channels=(3, 4), seed=1)
     names = {name.split(".")[0] for name in two.state_dict()}
-    assert names == {"early", "middle", "score"}
+    assert names == {"background", "early", "middle", "score"}
     assert {name.split(".")[0] for name in three.state_dict()} == names | {"deep"}
     two.load_state_dict({name: w for name, w in three.state_dict().items() if not name.startswith("deep")})
     images = torch.randn(2, 2, 20, 21, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

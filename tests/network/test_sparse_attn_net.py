@@ -23,6 +23,7 @@ def make_net(n_channels=1, n_classes=3, k=20.0, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
     net = SparseAttnNet(n_channels, n_classes, k, **options)
     net.reset_parameters(generator)
+    net.coarse.background.fill_(0.37)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3, generator=generator)
@@ -64,7 +65,8 @@ class Reference:
     def coarse(self, image):
         """Scores (H, W), pooled features, and the maps (h, w, C) with the pixels between their cells."""
         _, height, width = image.shape
-        early = self.stage(np.moveaxis(image, 0, -1), "coarse.early", self.strides[0])
+        above = np.moveaxis(image, 0, -1) - self.w["coarse.background"]
+        early = self.stage(above, "coarse.early", self.strides[0])
         middle = self.stage(early, "coarse.middle", self.strides[1])
         stages = [early, middle]
         if not self.with_context:
@@ -526,3 +528,13 @@ def test_cost_of_the_fine_branch_is_linear_in_k(default_net):
 def test_unknown_variant_is_named(variant):
     with pytest.raises(ValueError, match=rf"variant={variant!r} must be 'context' or 'paper'"):
         SparseAttnNet(1, 2, k=3, variant=variant)
+
+
+@pytest.mark.parametrize("variant", ["context", "paper"])
+@pytest.mark.parametrize("k", [5, 400])
+def test_no_images_are_no_trouble(variant, k):
+    net = make_net(k=k, variant=variant).float()
+    output = net(torch.zeros(0, 1, 20, 20))
+    assert output.logits.shape == (0, 3)
+    assert output.scores.shape == (0, 20, 20)
+    assert output.pixels.shape == output.attention.shape == output.contribution.shape == (0, k)

@@ -15,7 +15,7 @@ from sklearn_sparseattn import SparseAttnClassifier
 from sklearn_sparseattn.images import ImageRows, PixelScale
 from sklearn_sparseattn.network import SparseAttnNet
 from sklearn_sparseattn.training import contrastive_loss, distillation_loss, focal_loss
-from sklearn_sparseattn.training.batches import Batches
+from sklearn_sparseattn.training.batches import Batches, LabelledImages
 from sklearn_sparseattn.training.net import (
     LOSS_TERMS,
     LearningRate,
@@ -285,6 +285,18 @@ def test_a_batch_of_one_row_is_left_out():
     assert changed(before, running_statistics(only)) == []
 
 
+def test_where_channels_differ_by_rounding_alone_rounding_does_not_decide():
+    """Of images without content, one norm after the other would divide by the root of eps."""
+    network, images = make_network(), torch.full_like(make_batch()[0][:10], 0.3)
+    with torch.no_grad():
+        network.fusion.first[0].weight *= 30
+    recompute_batch_norm(network, [(images[:n],) for n in (10, 7, 3, 9)], torch.device("cpu"))
+    expected = network(images).logits
+    with torch.no_grad():
+        network.fusion.first[1].running_mean *= 1 + 1e-7
+    torch.testing.assert_close(network(images).logits, expected, rtol=0, atol=1e-4)
+
+
 def test_momentum_is_restored_after_an_exception():
     network = make_network()
 
@@ -360,6 +372,23 @@ def test_new_network_suits_the_images(image_shape, steps, k):
     paper = new_network({**PARAMS, "variant": "paper"}, image_shape, 5, torch.Generator().manual_seed(0))
     assert paper.context is None
     assert paper.eval()(torch.zeros(1, channels, height, width)).features.shape == (1, 32 + 48)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 7), (2, 2), (9, 6)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64])
+def test_background_is_the_mean_of_the_outermost_pixels(height, width, dtype):
+    images = np.random.default_rng(0).integers(0, 256, (5, height, width, 3)).astype(dtype)
+    training = LabelledImages(
+        ImageRows(images, images.shape[1:]), np.arange(5), np.ones(5), PixelScale((10.0, 20.0))
+    )
+    row, column = np.indices((height, width))
+    at_border = (row == 0) | (row == height - 1) | (column == 0) | (column == width - 1)
+    expected = (images[:, at_border].mean() - 10) / 10
+    network = new_network(PARAMS, (height, width, 3), 5, torch.Generator().manual_seed(0), training)
+    assert network.coarse.background.item() == pytest.approx(expected, rel=1e-6)
+    other = new_network(PARAMS, (height, width, 3), 5, torch.Generator().manual_seed(0))
+    assert other.coarse.background == 0
+    assert all(torch.equal(*pair) for pair in zip(network.parameters(), other.parameters(), strict=True))
 
 
 def test_dynamic_k_takes_the_parameters_by_name():

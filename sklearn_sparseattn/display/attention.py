@@ -1,9 +1,11 @@
-"""AttentionDisplay: what the classifier looked at, as a figure. Needs matplotlib, the extra `plot`."""
+"""AttentionDisplay: what the classifier looked at in single images."""
 
 from typing import Any
 
 import numpy as np
 from scipy import sparse
+
+from .drawing import add_colour_bar, check_matplotlib, name_classes, take_axes, take_rows
 
 # Readable for the colour-blind, on gray as on a stained smear.
 _CHOSEN_COLOUR = (0.90, 0.37, 0.0)
@@ -14,7 +16,7 @@ _COLUMNS = ("image", "coarse attention", "chosen pixels", "fine attention")
 class AttentionDisplay:
     """Rows of images: the image, its coarse attention, the chosen pixels and their fine attention.
 
-    Make it with `from_estimator`.
+    Make it with `from_estimator`, or with `from_maps` of what the estimator said before.
 
     Parameters
     ----------
@@ -102,17 +104,68 @@ class AttentionDisplay:
         ValueError
             If there are not as many `class_names` as classes, or `ax` has another shape.
         """
-        X = _first_rows(X, max_images)
-        maps = estimator.attention_maps(X)
-        proba = estimator.predict_proba(X)
-        names = _class_names(estimator.classes_, class_names)
-        best = estimator.classes_[proba.argmax(axis=1)]
+        check_matplotlib(cls.__name__)
+        X = take_rows(X, slice(max_images))
+        return cls.from_maps(
+            _as_pictures(X, estimator.image_shape_, estimator.data_range_),
+            estimator.attention_maps(X),
+            estimator.predict_proba(X),
+            classes=estimator.classes_,
+            y=None if y is None else np.asarray(y)[:max_images],
+            class_names=class_names,
+            ax=ax,
+        )
+
+    @classmethod
+    def from_maps(
+        cls,
+        images: np.ndarray,
+        maps: Any,
+        proba: np.ndarray,
+        *,
+        classes: Any,
+        y: Any = None,
+        class_names: Any = None,
+        ax: Any = None,
+    ) -> "AttentionDisplay":
+        """Plot maps and probabilities that have been computed.
+
+        Parameters
+        ----------
+        images : ndarray of shape (n, H, W) or (n, H, W, 3)
+            Ready to be shown: gray or RGB, in [0, 1].
+        maps : mapping
+            What ``attention_maps`` of the estimator gives for them.
+        proba : ndarray of shape (n, n_classes)
+            What its ``predict_proba`` gives.
+        classes : array-like of shape (n_classes,)
+            Its ``classes_``.
+        y : array-like of shape (n,), default=None
+            True labels.
+        class_names : array-like of shape (n_classes,), default=None
+            Names to show instead of the labels.
+        ax : array of matplotlib Axes of shape (n, 4), default=None
+            Where to draw. None makes a figure.
+
+        Returns
+        -------
+        AttentionDisplay
+            Plotted.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed.
+        ValueError
+            If there are not as many `class_names` as classes, or `ax` has another shape.
+        """
+        names = name_classes(classes, class_names)
+        best = np.asarray(classes)[proba.argmax(axis=1)]
         titles = [f"{names[label]} ({p:.0%})" for label, p in zip(best, proba.max(axis=1), strict=True)]
         if y is not None:
-            true = [names.get(label, label) for label in np.asarray(y)[: len(titles)]]
+            true = [names.get(label, label) for label in np.asarray(y)]
             titles = [f"{title}\ntrue: {name}" for title, name in zip(titles, true, strict=True)]
-        images = _as_pictures(X, estimator.image_shape_, estimator.data_range_)
-        display = cls(images, coarse=maps.coarse, pixels=maps.pixels, fine=maps.fine, titles=titles)
+        display = cls(images, coarse=maps["coarse"], pixels=maps["pixels"], fine=maps["fine"], titles=titles)
         return display.plot(ax=ax)
 
     def plot(self, *, ax: Any = None, cmap: str = "viridis", panel_size: float = 2.0) -> "AttentionDisplay":
@@ -123,8 +176,9 @@ class AttentionDisplay:
         ax : array of matplotlib Axes of shape (n, 4), default=None
             Where to draw. None makes a figure.
         cmap : str, default="viridis"
-            Colour map of the attention. Each map has its own scale; that of the fine attention ends at the
-            99th percentile of the chosen pixels, so that a single one does not darken all others.
+            Colour map of the attention. Each map has its own scale, on the colour bar beside it; that of the
+            fine attention ends at the 99th percentile of the chosen pixels, so that a single one does not
+            darken all others.
         panel_size : float, default=2.0
             Side of a panel in inches, if a figure is made.
 
@@ -140,23 +194,25 @@ class AttentionDisplay:
         ValueError
             If `ax` has another shape.
         """
+        check_matplotlib(type(self).__name__)
         shape = (len(self.images), len(_COLUMNS))
-        self.axes_ = _new_axes(shape, panel_size) if ax is None else np.asarray(ax, dtype=object)
-        if self.axes_.shape != shape:
-            raise ValueError(f"ax must have the shape {shape}, rows x columns; got {self.axes_.shape}.")
+        size = (panel_size * (shape[1] + 1), panel_size * shape[0] + 0.4)
+        self.axes_ = take_axes(ax, shape, size)
         self.figure_ = self.axes_[0, 0].figure
         for axis, name in zip(self.axes_[0], _COLUMNS, strict=True):
             axis.set_title(name, fontsize="medium")
         for i, row in enumerate(self.axes_):
             row[0].imshow(self.images[i], cmap="gray", vmin=0, vmax=1)
-            row[1].imshow(self.coarse[i], cmap=cmap)
+            coarse = row[1].imshow(self.coarse[i], cmap=cmap)
             row[2].imshow(self._chosen(i))
-            fine, top = self._fine(i)
+            values, top = self._fine(i)
             row[3].set_facecolor(_NOT_CHOSEN_COLOUR)
-            row[3].imshow(fine, cmap=cmap, vmin=0, vmax=top)
+            fine = row[3].imshow(values, cmap=cmap, vmin=0, vmax=top)
             row[0].set_ylabel(self.titles[i], fontsize="small")
             for axis in row:
                 axis.set(xticks=[], yticks=[])
+            add_colour_bar(row[1], coarse)
+            add_colour_bar(row[3], fine, most=np.nanmax(values))
         return self
 
     def _chosen(self, i: int) -> np.ndarray:
@@ -174,33 +230,6 @@ class AttentionDisplay:
         shown = np.full(self.fine[i].size, np.nan)
         shown[self.pixels[i]] = values
         return shown.reshape(self.fine[i].shape), float(np.percentile(values, 99))
-
-
-def _new_axes(shape: tuple[int, int], panel_size: float) -> np.ndarray:
-    """Axes of a new figure."""
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise ImportError(
-            "AttentionDisplay needs matplotlib: pip install 'sklearn-sparseattn[plot]'."
-        ) from error
-    size = (panel_size * (shape[1] + 0.6), panel_size * shape[0] + 0.4)
-    return plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")[1]
-
-
-def _first_rows(X: Any, n: int) -> Any:
-    """Up to n rows of any X that the estimator takes."""
-    if hasattr(X, "iloc"):
-        return X.iloc[:n]
-    return X.tocsr()[:n] if sparse.issparse(X) else X[:n]
-
-
-def _class_names(classes: np.ndarray, class_names: Any) -> dict[Any, Any]:
-    """Label -> the name to show."""
-    names = classes if class_names is None else class_names
-    if len(names) != len(classes):
-        raise ValueError(f"class_names has {len(names)} names for {len(classes)} classes: {names}.")
-    return dict(zip(classes, names, strict=True))
 
 
 def _as_pictures(X: Any, image_shape: tuple[int, int, int], data_range: tuple[float, float]) -> np.ndarray:

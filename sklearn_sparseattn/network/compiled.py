@@ -1,0 +1,108 @@
+"""What is common to the compiled code of training: loading it, and sharing images out among threads."""
+
+import ctypes
+import importlib.util
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LANES = 8
+
+
+def load_library(name: str, structure: type[ctypes.Structure]) -> Any:
+    """Load compiled code.
+
+    Parameters
+    ----------
+    name : str
+        ``_name.c`` has a function ``sparseattn_name``.
+    structure : subclass of ctypes.Structure
+        What this function is given, the same in both languages.
+
+    Returns
+    -------
+    ctypes.CDLL or None
+        None if it was not built with the package.
+
+    Raises
+    ------
+    ImportError
+        If it was built from sources with another structure.
+    """
+    spec = importlib.util.find_spec(f"._{name}", __package__)
+    if spec is None or spec.origin is None:
+        return None
+    library = ctypes.CDLL(spec.origin)
+    size_of = getattr(library, f"sparseattn_{name}_size")
+    size_of.restype = ctypes.c_int64
+    if size_of() != ctypes.sizeof(structure):
+        raise ImportError(f"{spec.origin} was built from other sources: install sklearn-sparseattn again.")
+    getattr(library, f"sparseattn_{name}").argtypes = [
+        *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)
+    ]
+    return library
+
+
+def point(structure: ctypes.Structure, tensors: dict[str, Tensor], **lists: Sequence[Tensor | None]) -> None:
+    """Set pointers.
+
+    Parameters
+    ----------
+    structure : ctypes.Structure
+        Which has them.
+    tensors : dict of Tensor
+        By the name of the field; they must live as long.
+    **lists : sequence of Tensor or None
+        The same for fields that are arrays.
+    """
+    for name, tensor in tensors.items():
+        setattr(structure, name, tensor.data_ptr())
+    for name, several in lists.items():
+        getattr(structure, name)[:] = [None if one is None else one.data_ptr() for one in several]
+
+
+def threads(n_images: int) -> AbstractContextManager[Executor | None]:
+    """Open as many threads as PyTorch has, one of which is the caller.
+
+    Parameters
+    ----------
+    n_images : int
+        More threads than images are of no use.
+
+    Returns
+    -------
+    context manager
+        Of what `share_out` wants.
+    """
+    n_others = min(torch.get_num_threads(), n_images) - 1
+    return ThreadPoolExecutor(n_others) if n_others > 0 else nullcontext()
+
+
+def share_out(pool: Executor | None, function: Callable[[int, int], int], n_images: int) -> bool:
+    """Call compiled code for all images, in nearly equal shares.
+
+    Parameters
+    ----------
+    pool : Executor or None
+        From `threads`.
+    function : callable
+        Of the first image and the one after the last; 0 unless it failed.
+    n_images : int
+        Images in all.
+
+    Returns
+    -------
+    bool
+        Whether it did all.
+    """
+    if pool is None:
+        return function(0, n_images) == 0
+    n_threads = min(torch.get_num_threads(), n_images)
+    cuts = [n_images * i // n_threads for i in range(n_threads + 1)]
+    others = [pool.submit(function, *share) for share in itertools.pairwise(cuts[1:])]
+    return not any([function(0, cuts[1]), *(other.result() for other in others)])
