@@ -138,9 +138,10 @@ class SparseAttnClassifier(FittedNetwork):
     ends with the same bits as an undisturbed one (on the same machine and number of threads). The same call
     has the same parameters, `n_jobs` and `verbose` aside, and the same images, labels and weights to the last
     byte: the name of the file is made of them, so that many fits can share a folder and none takes up
-    another's. Functions count by their names. Of `callbacks`, state is kept of EarlyStopping, LRScheduler and
+    another's; only the same fit must not run twice at a time. Functions count by their names, and so do the
+    versions of PyTorch and of this package. Of `callbacks`, state is kept of EarlyStopping, LRScheduler and
     what has ``state_dict`` and ``load_state_dict``. With ``random_state=None`` the generators go on, too. A
-    fit that is done removes its file; one that failed or was interrupted leaves it.
+    fit that is done removes its file; one that failed, was interrupted or never taken up leaves it.
 
     Ctrl-C after an epoch or more ends a fit with a warning and a usable estimator: with early stopping that
     of the best epoch so far, else that of the last whole one. Where numbers go wrong, a loss or weights that

@@ -204,8 +204,8 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
             pixels : ndarray of shape (n, k), int64
                 Row-major indices i * W + j of the chosen pixels, best first.
             fine : ndarray of shape (n, H, W)
-                Fine attention, non-negative; zero off the chosen pixels. It says where the network looked
-                closely, for whatever class; what it took from there `evidence_maps` says.
+                Fine attention, non-negative; zero off the chosen pixels. It is where the network looked, not
+                why it answered: for that see `evidence_maps`.
             contribution : ndarray of shape (n, H, W)
                 Signed weight w_j with which a pixel entered z_fine; zero off the chosen pixels.
 
@@ -264,9 +264,10 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
         and cells.
 
         It is a slope, not a test: scores, choice and attention are held as they are, the slope holds for
-        small changes, and the parts need not sum to the log-odds. A token knows its neighbourhood: what
-        counts may lie some pixels beside it. That a pixel counts for the network does not mean that it counts
-        in nature.
+        small changes, and the parts need not sum to the log-odds. The maximum of a feature is all that of the
+        cell that holds it, a dot in the map, though another cell may be close behind. A token knows its
+        neighbourhood: what counts may lie some pixels beside it. That a pixel counts for the network does not
+        mean that it counts in nature.
         """
         images = self._check_images(X)
         if y is None:

@@ -243,6 +243,25 @@ def test_maps_computed_before_give_the_same_picture():
         np.testing.assert_allclose(shown(left), shown(right))
 
 
+def test_evidence_is_a_fifth_column_around_zero():
+    clf, X, y = fitted()
+    display = AttentionDisplay.from_estimator(clf, X, y, max_images=2, evidence=True)
+    assert display.axes_.shape == (2, 5)
+    assert [axis.get_title() for axis in display.axes_[0]] == [*COLUMNS, "evidence"]
+    expected = clf.evidence_maps(X[:2])
+    for axis, values in zip(display.axes_[:, 4], expected, strict=True):
+        np.testing.assert_array_equal(shown(axis), values)
+        low, high = axis.images[0].get_clim()
+        assert -low == high == pytest.approx(np.percentile(np.abs(values), 99))
+        assert axis.images[0].get_cmap()(0.5)[:3] == pytest.approx((1, 1, 1), abs=0.05)  # nothing is white
+        assert len(axis.child_axes) == 1
+    maps = {**clf.attention_maps(X[:2]), "evidence": np.zeros_like(expected)}
+    nothing = AttentionDisplay.from_maps(X[:2] / 255, maps, clf.predict_proba(X[:2]), classes=clf.classes_)
+    assert nothing.axes_[0, 4].images[0].get_clim() == (-1, 1)
+    with pytest.raises(ValueError, match=r"ax must have the shape \(2, 5\).*got \(2, 4\)"):
+        display.plot(ax=plt.subplots(2, 4)[1])
+
+
 # ---- TrainingDisplay ----
 
 HISTORY = {

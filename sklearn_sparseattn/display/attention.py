@@ -10,11 +10,11 @@ from .drawing import add_colour_bar, check_matplotlib, name_classes, take_axes, 
 # Readable for the colour-blind, on gray as on a stained smear.
 _CHOSEN_COLOUR = (0.90, 0.37, 0.0)
 _NOT_CHOSEN_COLOUR = "0.9"
-_COLUMNS = ("image", "coarse attention", "chosen pixels", "fine attention")
+_COLUMNS = ("image", "coarse attention", "chosen pixels", "fine attention", "evidence")
 
 
 class AttentionDisplay:
-    """Rows of images: the image, its coarse attention, the chosen pixels and their fine attention.
+    """Rows of images: the image, its coarse attention, the chosen pixels and their fine attention; evidence.
 
     Make it with `from_estimator`, or with `from_maps` of what the estimator said before.
 
@@ -30,12 +30,14 @@ class AttentionDisplay:
         Fine attention.
     titles : list of str
         One for each image.
+    evidence : ndarray of shape (n, H, W), default=None
+        What each pixel added to the answer, signed. None leaves the column out.
 
     Attributes
     ----------
     figure_ : matplotlib Figure
         Set by `plot`.
-    axes_ : ndarray of matplotlib Axes of shape (n, 4)
+    axes_ : ndarray of matplotlib Axes of shape (n, 4), with evidence (n, 5)
         Set by `plot`.
 
     Examples
@@ -57,12 +59,14 @@ class AttentionDisplay:
         pixels: np.ndarray,
         fine: np.ndarray,
         titles: list[str],
+        evidence: np.ndarray | None = None,
     ) -> None:
         self.images = images
         self.coarse = coarse
         self.pixels = pixels
         self.fine = fine
         self.titles = titles
+        self.evidence = evidence
 
     @classmethod
     def from_estimator(
@@ -73,6 +77,7 @@ class AttentionDisplay:
         *,
         max_images: int = 8,
         class_names: Any = None,
+        evidence: bool = False,
         ax: Any = None,
     ) -> "AttentionDisplay":
         """Compute the maps of the first images and plot them.
@@ -89,7 +94,9 @@ class AttentionDisplay:
             The first so many images are shown.
         class_names : array-like of shape (n_classes,), default=None
             Names to show instead of the labels, in the order of ``estimator.classes_``.
-        ax : array of matplotlib Axes of shape (n, 4), default=None
+        evidence : bool, default=False
+            Whether to show what each pixel added to the answer, too: ``evidence_maps`` of the estimator.
+        ax : array of matplotlib Axes of shape (n, 4), with evidence (n, 5), default=None
             Where to draw. None makes a figure.
 
         Returns
@@ -108,7 +115,7 @@ class AttentionDisplay:
         X = take_rows(X, slice(max_images))
         return cls.from_maps(
             _as_pictures(X, estimator.image_shape_, estimator.data_range_),
-            estimator.attention_maps(X),
+            {**estimator.attention_maps(X), **({"evidence": estimator.evidence_maps(X)} if evidence else {})},
             estimator.predict_proba(X),
             classes=estimator.classes_,
             y=None if y is None else np.asarray(y)[:max_images],
@@ -135,7 +142,8 @@ class AttentionDisplay:
         images : ndarray of shape (n, H, W) or (n, H, W, 3)
             Ready to be shown: gray or RGB, in [0, 1].
         maps : mapping
-            What ``attention_maps`` of the estimator gives for them.
+            What ``attention_maps`` of the estimator gives for them; where it also holds ``evidence``, what
+            ``evidence_maps`` gives.
         proba : ndarray of shape (n, n_classes)
             What its ``predict_proba`` gives.
         classes : array-like of shape (n_classes,)
@@ -144,7 +152,7 @@ class AttentionDisplay:
             True labels.
         class_names : array-like of shape (n_classes,), default=None
             Names to show instead of the labels.
-        ax : array of matplotlib Axes of shape (n, 4), default=None
+        ax : array of matplotlib Axes of shape (n, 4), with evidence (n, 5), default=None
             Where to draw. None makes a figure.
 
         Returns
@@ -165,20 +173,21 @@ class AttentionDisplay:
         if y is not None:
             true = [names.get(label, label) for label in np.asarray(y)]
             titles = [f"{title}\ntrue: {name}" for title, name in zip(titles, true, strict=True)]
-        display = cls(images, coarse=maps["coarse"], pixels=maps["pixels"], fine=maps["fine"], titles=titles)
-        return display.plot(ax=ax)
+        own = {name: maps[name] for name in ("coarse", "pixels", "fine")}
+        return cls(images, **own, titles=titles, evidence=maps.get("evidence")).plot(ax=ax)
 
     def plot(self, *, ax: Any = None, cmap: str = "viridis", panel_size: float = 2.0) -> "AttentionDisplay":
         """Draw the images and their maps.
 
         Parameters
         ----------
-        ax : array of matplotlib Axes of shape (n, 4), default=None
+        ax : array of matplotlib Axes of shape (n, 4), with evidence (n, 5), default=None
             Where to draw. None makes a figure.
         cmap : str, default="viridis"
             Colour map of the attention. Each map has its own scale, on the colour bar beside it; that of the
             fine attention ends at the 99th percentile of the chosen pixels, so that a single one does not
-            darken all others.
+            darken all others. Evidence is red where it is for the answer, blue where it is against it; its
+            scale ends at the 99th percentile of its size.
         panel_size : float, default=2.0
             Side of a panel in inches, if a figure is made.
 
@@ -195,11 +204,11 @@ class AttentionDisplay:
             If `ax` has another shape.
         """
         check_matplotlib(type(self).__name__)
-        shape = (len(self.images), len(_COLUMNS))
+        shape = (len(self.images), len(_COLUMNS) - (self.evidence is None))
         size = (panel_size * (shape[1] + 1), panel_size * shape[0] + 0.4)
         self.axes_ = take_axes(ax, shape, size)
         self.figure_ = self.axes_[0, 0].figure
-        for axis, name in zip(self.axes_[0], _COLUMNS, strict=True):
+        for axis, name in zip(self.axes_[0], _COLUMNS, strict=False):
             axis.set_title(name, fontsize="medium")
         for i, row in enumerate(self.axes_):
             row[0].imshow(self.images[i], cmap="gray", vmin=0, vmax=1)
@@ -213,6 +222,11 @@ class AttentionDisplay:
                 axis.set(xticks=[], yticks=[])
             add_colour_bar(row[1], coarse)
             add_colour_bar(row[3], fine, most=np.nanmax(values))
+            if self.evidence is not None:
+                strength = np.abs(self.evidence[i])
+                limit = float(np.percentile(strength, 99)) or 1.0
+                signed = row[4].imshow(self.evidence[i], cmap="RdBu_r", vmin=-limit, vmax=limit)
+                add_colour_bar(row[4], signed, most=strength.max())
         return self
 
     def _chosen(self, i: int) -> np.ndarray:

@@ -69,17 +69,19 @@ def add_colour_bar(axis: Any, picture: Any, *, most: float | None = None) -> Non
     picture : matplotlib AxesImage
         Whose colours the bar explains.
     most : float, default=None
-        Greatest value shown; beyond the end of the scale the bar ends in a point.
+        Greatest value shown, its sign aside where the scale has both; beyond the end of the scale the bar
+        ends in a point.
     """
     from matplotlib.ticker import MaxNLocator
 
-    beyond = most is not None and most > picture.get_clim()[1]
+    low, high = picture.get_clim()
+    beyond = most is not None and most > high
     bar = axis.figure.colorbar(
         picture,
         cax=axis.inset_axes((1.03, 0, 0.06, 1)),
         ticks=MaxNLocator(3),
         format="%.2g",
-        extend="max" if beyond else "neither",
+        extend=("both" if low < 0 else "max") if beyond else "neither",
     )
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize="x-small", length=2, pad=1)

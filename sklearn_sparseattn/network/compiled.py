@@ -3,15 +3,18 @@
 import ctypes
 import importlib.util
 import itertools
-from collections.abc import Callable, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 LANES = 8
+_KEPT = threading.local()
 
 
 def load_library(name: str, structure: type[ctypes.Structure]) -> Any:
@@ -66,6 +69,26 @@ def point(structure: ctypes.Structure, tensors: dict[str, Tensor], **lists: Sequ
         getattr(structure, name)[:] = [None if one is None else one.data_ptr() for one in several]
 
 
+@contextmanager
+def keep_threads() -> Iterator[None]:
+    """Let `threads` give the same threads again, on the thread that calls this, until the end of the block.
+
+    To start some takes longer than they save on a small batch.
+    """
+    n_others = torch.get_num_threads() - 1
+    if n_others < 1:
+        yield
+        return
+    before = vars(_KEPT).copy()
+    with ThreadPoolExecutor(n_others) as pool:
+        vars(_KEPT).update(pool=pool, process=os.getpid())
+        try:
+            yield
+        finally:
+            vars(_KEPT).clear()
+            vars(_KEPT).update(before)
+
+
 def threads(n_images: int) -> AbstractContextManager[Executor | None]:
     """Open as many threads as PyTorch has, one of which is the caller.
 
@@ -79,6 +102,8 @@ def threads(n_images: int) -> AbstractContextManager[Executor | None]:
     context manager
         Of what `share_out` wants.
     """
+    if vars(_KEPT).get("process") == os.getpid():  # a fork has none of them
+        return nullcontext(_KEPT.pool)
     n_others = min(torch.get_num_threads(), n_images) - 1
     return ThreadPoolExecutor(n_others) if n_others > 0 else nullcontext()
 

@@ -10,6 +10,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -26,7 +27,8 @@ from ..images import chunk_slices
 from .batches import LabelledImages
 from .net import diverged
 
-_FORMAT = 1
+# Other code may compute other bits, or keep other things.
+_MADE_BY = (1, metadata.version("sklearn-sparseattn"), torch.__version__)
 _DIGEST_SIZE = 16
 # They change how a fit is watched, not what it gives.
 _BESIDE = {"checkpoint_dir", "n_jobs", "verbose"}
@@ -229,7 +231,8 @@ def fingerprint(
     Parameters
     ----------
     params : mapping
-        Of the estimator. Functions and callbacks count by their names and parameters.
+        Of the estimator. Functions and callbacks count by their names and parameters; so do the versions of
+        this package and of PyTorch.
     classes : ndarray of shape (n_classes,)
         The labels.
     data : sequence of LabelledImages or None
@@ -244,7 +247,7 @@ def fingerprint(
     """
     counted = {name: _described(value) for name, value in params.items() if name not in _BESIDE}
     digest = hashlib.blake2b(
-        repr([_FORMAT, sorted(counted.items()), classes.tolist()]).encode(), digest_size=16
+        repr([_MADE_BY, sorted(counted.items()), classes.tolist()]).encode(), digest_size=16
     )
     for rows in data:
         if rows is None:

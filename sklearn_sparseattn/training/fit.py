@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils._pytree import tree_map
 
 from ..network import SparseAttnNet
+from ..network.compiled import keep_threads
 from .batches import Augmentation, Batches, LabelledImages, count_batches
 from .checkpoint import Checkpoint, LastEpoch
 from .dynamic_k import DynamicK
@@ -180,7 +181,8 @@ def train(
         # They come back as they were; set_params may have changed them since.
         trainer.optimizer_.param_groups[0].update(lr=settings.lr, weight_decay=settings.weight_decay)
         dynamic_k.load_state_dict(state.dynamic_k)
-    trainer.partial_fit(training, epochs=settings.max_epochs - last.n_epochs_)
+    with keep_threads():
+        trainer.partial_fit(training, epochs=settings.max_epochs - last.n_epochs_)
 
     finished = [row for row in trainer.history if "lr" in row]  # the last thing written of an epoch
     stopped = any(isinstance(c, EarlyStopping) and c.misses_ >= c.patience for _, c in callbacks)

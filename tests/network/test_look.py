@@ -6,7 +6,7 @@ import ctypes
 import pytest
 import torch
 
-from sklearn_sparseattn.network import CoarseAttention, SparseAttnNet, look
+from sklearn_sparseattn.network import CoarseAttention, SparseAttnNet, compiled, look
 
 STRIDES = [(2, 2, 2), (1, 2, 2), (1, 1, 2), (3, 2, 1), (1, 5, 1)]
 CHANNELS = [(8, 16), (8, 16, 24), (24, 8)]
@@ -27,6 +27,26 @@ def make_coarse(n_channels, strides=(2, 2, 2), channels=(8, 16), seed=0):
 
 def make_images(shape, seed=0):
     return 3 + torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_threads_are_kept_and_given_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with compiled.keep_threads():
+            with compiled.threads(8) as first, compiled.threads(1) as second:
+                assert first is second
+                assert compiled.share_out(first, lambda start, stop: 0, 8)
+            with compiled.keep_threads(), compiled.threads(8) as inner:
+                assert inner is not first
+            with compiled.threads(8) as again:
+                assert again is first
+        with compiled.threads(8) as later:
+            assert later is not first
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            first.submit(int)
+    finally:
+        torch.set_num_threads(before)
 
 
 def in_pytorch(coarse, dtype):
