@@ -420,6 +420,8 @@ def test_given_validation_rows_are_not_trained_on():
     assert len(alone.history_["epoch"]) > 1
     for name in ("train_loss", "k", "lr"):  # by epoch: early stopping brings the best one back, not the last
         np.testing.assert_array_equal(both.history_[name], alone.history_[name])
+    unused = quick().fit(X[:60], Y[:60], X_val=X[60:], y_val=Y[60:])
+    np.testing.assert_array_equal(unused.predict_proba(X), alone.predict_proba(X))
 
 
 def test_learning_rate_schedules():
