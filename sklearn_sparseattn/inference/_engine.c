@@ -19,6 +19,7 @@
 #define GROUP 3      /* cells convolved for tokens at a time */
 #define BLOCK 6      /* tokens whose keys are made at a time */
 #define RUN 60       /* tokens summed in float32 before they are added in float64 */
+#define BAND 65536   /* numbers that tokens look up at a time, of each map: they stay in the cache */
 
 /* ---- what engine.py fills in, with the same fields in the same order ---- */
 
@@ -69,10 +70,10 @@ typedef struct {
 typedef struct {
     Map image, maps[N_STAGES];
     float *cell_scores, *cell_row, *scores, *candidates;
-    float *context[N_CONTEXT];                   /* of cells, where they are wanted */
+    float *context[N_CONTEXT];                   /* of the cells of a band, where they are wanted */
     char *is_wanted[N_CONTEXT];
-    int32_t *wanted[N_CONTEXT], *cells[N_CONTEXT]; /* the cells wanted, and the cell of each token */
-    size_t n_cells[N_CONTEXT];
+    int32_t *wanted[N_CONTEXT], *cells[N_CONTEXT]; /* the cells wanted, and the cell of each token, in the band */
+    int32_t band_rows[N_CONTEXT];
     int32_t *rows, *columns, *bins; /* rows and columns of the pixels chosen */
     float *gates, *tokens, *keys, *contribution, *head;
 } Scratch;
@@ -103,7 +104,9 @@ static size_t lay_out(const Plan *plan, Scratch *scratch, char *memory) {
     scratch->candidates = take_floats(&used, memory, n_pixels + LANES);
     for (int m = 0; m < N_CONTEXT; m++) {
         const Map *map = &scratch->maps[m];
-        size_t n = scratch->n_cells[m] = plan->has_context ? (size_t)map->rows * map->columns : 0;
+        int32_t fit = BAND / (map->columns * plan->embed_dim); /* whole maps if they are small */
+        scratch->band_rows[m] = fit < 1 ? 1 : fit < map->rows ? fit : map->rows;
+        size_t n = plan->has_context ? (size_t)scratch->band_rows[m] * map->columns : 0;
         scratch->context[m] = take_floats(&used, memory, n * plan->embed_dim);
         scratch->is_wanted[m] = take(&used, memory, n);
         scratch->wanted[m] = take(&used, memory, (n + GROUP) * sizeof(int32_t));
@@ -258,28 +261,37 @@ INLINE void choose(const Plan *plan, const Scratch *scratch) {
 
 /* ---- tokens ---- */
 
-/* The cell nearest to each token, and which cells are wanted at all. */
-INLINE int32_t find_cells(const Plan *plan, const Scratch *scratch, int m) {
-    const Map *map = &scratch->maps[m];
-    int32_t shift = plan->shifts[m], half = (1 << shift) / 2, n_wanted = 0, last = -1;
-    memset(scratch->is_wanted[m], 0, scratch->n_cells[m]);
-    for (int32_t t = 0; t < plan->k; t++) {
-        int32_t i = (scratch->rows[t] + half) >> shift, j = (scratch->columns[t] + half) >> shift;
-        i = i < map->rows ? i : map->rows - 1;
-        j = j < map->columns ? j : map->columns - 1;
-        int32_t cell = scratch->cells[m][t] = i * map->columns + j;
-        if (cell == last) continue;
-        last = cell;
-        scratch->wanted[m][n_wanted] = cell;
-        n_wanted += !scratch->is_wanted[m][cell];
-        scratch->is_wanted[m][cell] = 1;
-    }
-    return n_wanted;
+/* The cell nearest to a pixel, of n along a side. */
+INLINE int32_t nearest(int32_t pixel, int32_t shift, int32_t n) {
+    int32_t cell = (pixel + (1 << shift) / 2) >> shift;
+    return cell < n ? cell : n - 1;
 }
 
-/* Convolve the wanted cells of a map, GROUP at a time, n_lanes vectors of outputs from `first` on. */
-INLINE void convolve_wanted(const Plan *plan, const Scratch *scratch, int m, int32_t n_wanted, int32_t first,
-                            int n_lanes) {
+/* The cells nearest to the tokens from `begin` on, as far as they lie in a band of rows from `top` on, and which
+   are wanted at all; returns the first token below the band. */
+INLINE int32_t find_cells(const Plan *plan, const Scratch *scratch, int m, int32_t begin, int32_t *top,
+                          int32_t *n_wanted) {
+    const Map *map = &scratch->maps[m];
+    int32_t shift = plan->shifts[m], last = -1, t = begin;
+    *top = nearest(scratch->rows[begin], shift, map->rows);
+    *n_wanted = 0;
+    memset(scratch->is_wanted[m], 0, (size_t)scratch->band_rows[m] * map->columns);
+    for (; t < plan->k; t++) {
+        int32_t i = nearest(scratch->rows[t], shift, map->rows) - *top;
+        if (i >= scratch->band_rows[m]) break;
+        int32_t cell = scratch->cells[m][t] = i * map->columns + nearest(scratch->columns[t], shift, map->columns);
+        if (cell == last) continue;
+        last = cell;
+        scratch->wanted[m][*n_wanted] = cell;
+        *n_wanted += !scratch->is_wanted[m][cell];
+        scratch->is_wanted[m][cell] = 1;
+    }
+    return t;
+}
+
+/* Convolve the wanted cells of a band, GROUP at a time, n_lanes vectors of outputs from `first` on. */
+INLINE void convolve_wanted(const Plan *plan, const Scratch *scratch, int m, int32_t top, int32_t n_wanted,
+                            int32_t first, int n_lanes) {
     const Map *map = &scratch->maps[m];
     int32_t *wanted = scratch->wanted[m];
     for (int g = 0; g < GROUP; g++) wanted[n_wanted + g] = wanted[n_wanted - 1]; /* to fill the last group */
@@ -288,7 +300,7 @@ INLINE void convolve_wanted(const Plan *plan, const Scratch *scratch, int m, int
         size_t apart[GROUP];
         for (int g = 0; g < GROUP; g++) {
             int32_t i = wanted[w + g] / map->columns, j = wanted[w + g] - i * map->columns;
-            apart[g] = i * map->pitch + (size_t)j * map->channels;
+            apart[g] = (top + i) * map->pitch + (size_t)j * map->channels;
         }
         multiply(map->frame, apart, map->pitch, map->channels, 3, map->channels,
                  plan->context[m] + first, plan->embed_dim, plan->zeros, GROUP, n_lanes, sums);
@@ -299,19 +311,20 @@ INLINE void convolve_wanted(const Plan *plan, const Scratch *scratch, int m, int
     }
 }
 
-INLINE void make_context(const Plan *plan, const Scratch *scratch) {
-    for (int m = 0; m < N_CONTEXT; m++) {
-        int32_t n_wanted = find_cells(plan, scratch, m), first = 0;
-        for (; first + 4 * LANES <= plan->embed_dim; first += 4 * LANES)
-            convolve_wanted(plan, scratch, m, n_wanted, first, 4);
-        for (; first < plan->embed_dim; first += LANES) convolve_wanted(plan, scratch, m, n_wanted, first, 1);
-    }
+/* Context for the tokens from `begin` on that lie in a band; returns the first token below it. */
+INLINE int32_t make_context(const Plan *plan, const Scratch *scratch, int m, int32_t begin) {
+    int32_t top, n_wanted, end = find_cells(plan, scratch, m, begin, &top, &n_wanted), first = 0;
+    for (; first + 4 * LANES <= plan->embed_dim; first += 4 * LANES)
+        convolve_wanted(plan, scratch, m, top, n_wanted, first, 4);
+    for (; first < plan->embed_dim; first += LANES) convolve_wanted(plan, scratch, m, top, n_wanted, first, 1);
+    return end;
 }
 
-/* All but the last linear layer of the embedding; n_lanes is embed_dim / LANES, known to the compiler or not. */
-INLINE void make_tokens(const Plan *plan, const Scratch *scratch, int n_lanes) {
+/* All but the last linear layer of the embedding, of some tokens; n_lanes is embed_dim / LANES, known to the
+   compiler or not. */
+INLINE void make_some_tokens(const Plan *plan, const Scratch *scratch, int32_t begin, int32_t end, int n_lanes) {
     const float *weight = plan->position, *bias = weight + (size_t)(2 + plan->n_channels) * plan->embed_dim;
-    for (int32_t t = 0; t < plan->k; t++) {
+    for (int32_t t = begin; t < end; t++) {
         int32_t row = scratch->rows[t], column = scratch->columns[t];
         float x = (2 * column + 1.0f) / plan->width - 1, y = (2 * row + 1.0f) / plan->height - 1;
         const float *values = scratch->image.cell + row * scratch->image.pitch + (size_t)column * plan->n_channels;
@@ -339,12 +352,12 @@ INLINE void open_gates(const Plan *plan, const Scratch *scratch) {
     for (int32_t t = 0; t < plan->k; t += LANES) store(scratch->gates + t, sigmoid(load(scratch->gates + t)));
 }
 
-/* Keys without epsilon, and their sums over all tokens, (key_dim) in float64. */
-INLINE void make_keys(const Plan *plan, const Scratch *scratch, int32_t embed_dim, int32_t key_dim, double *total) {
+/* Keys of some tokens, without epsilon; their sums are added to `total`, (key_dim). */
+INLINE void make_keys(const Plan *plan, const Scratch *scratch, int32_t begin, int32_t end, int32_t embed_dim,
+                      int32_t key_dim, double *total) {
     size_t apart[BLOCK];
     UNROLL for (int b = 0; b < BLOCK; b++) apart[b] = (size_t)b * embed_dim;
-    for (int32_t i = 0; i < key_dim; i++) total[i] = 0;
-    for (int32_t start = 0; start < plan->k; start += RUN)
+    for (int32_t start = begin; start < end; start += RUN)
         for (int32_t first = 0; first < key_dim; first += 2 * LANES) {
             lanes run[2] = {{0}, {0}};
             for (int32_t t = start; t < plan->k && t < start + RUN; t += BLOCK) {
@@ -361,6 +374,25 @@ INLINE void make_keys(const Plan *plan, const Scratch *scratch, int32_t embed_di
             }
             for (int i = 0; i < 2 * LANES; i++) total[first + i] += run[i / LANES][i % LANES];
         }
+}
+
+/* Tokens, their keys, and the sums of these over all tokens, (key_dim) in float64. Tokens come in rows from the top:
+   a band of each map at a time is enough, the bands move down, and keys are made of tokens that are still in the
+   cache. */
+INLINE void make_tokens(const Plan *plan, const Scratch *scratch, int embed_lanes, int key_lanes, double *total) {
+    int32_t ready[N_CONTEXT] = {0}, with_keys = 0, end;
+    for (int32_t i = 0; i < key_lanes * LANES; i++) total[i] = 0;
+    for (int32_t t = 0; t < plan->k; t = end) {
+        end = plan->k;
+        for (int m = 0; m < N_CONTEXT && plan->has_context; m++) {
+            if (ready[m] == t) ready[m] = make_context(plan, scratch, m, t);
+            end = ready[m] < end ? ready[m] : end;
+        }
+        make_some_tokens(plan, scratch, t, end, embed_lanes);
+        int32_t whole = end < plan->k ? end - end % RUN : end;
+        make_keys(plan, scratch, with_keys, whole, embed_lanes * LANES, key_lanes * LANES, total);
+        with_keys = whole;
+    }
 }
 
 /* Each token's (key + epsilon) @ readout, and the sum of the tokens by it, (embed_dim) in float64. */
@@ -435,7 +467,7 @@ INLINE void attend(const Plan *plan, const Scratch *scratch, int embed_lanes, in
     int32_t embed_dim = embed_lanes * LANES, key_dim = key_lanes * LANES;
     double total[key_dim], sums[embed_dim], cls_weight = 0, all = 0;
     float readout[key_dim], attended[key_dim];
-    make_keys(plan, scratch, embed_dim, key_dim, total);
+    make_tokens(plan, scratch, embed_lanes, key_lanes, total);
     for (int32_t i = 0; i < key_dim; i++) {
         total[i] += plan->k * (double)plan->key_epsilon + plan->cls_key[i];
         readout[i] = plan->query[i] / total[i];
@@ -510,17 +542,11 @@ INLINE int run_image(const Plan *plan, const Scratch *scratch, const Results *re
     times[1] = now(results);
     choose(plan, scratch);
     times[2] = now(results);
-    if (plan->has_context) {
-        make_context(plan, scratch);
-        open_gates(plan, scratch);
-    }
-    if (plan->embed_dim == 32 && plan->key_dim == 32) { /* the default, with the loops unrolled */
-        make_tokens(plan, scratch, 4);
+    if (plan->has_context) open_gates(plan, scratch);
+    if (plan->embed_dim == 32 && plan->key_dim == 32) /* the default, with the loops unrolled */
         attend(plan, scratch, 4, 4, features, attention);
-    } else {
-        make_tokens(plan, scratch, plan->embed_dim / LANES);
+    else
         attend(plan, scratch, plan->embed_dim / LANES, plan->key_dim / LANES, features, attention);
-    }
     times[3] = now(results);
     int failed = classify(plan, scratch, features, logits);
     times[4] = now(results);
