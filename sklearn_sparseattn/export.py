@@ -238,12 +238,16 @@ def _network(graph: _Graph, network: Any, images: str, shape: ImageShape) -> str
     return graph.add("Softmax", logits, axis=1)
 
 
-def _folded(layer: Any, norm: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Weight and bias of a layer with its batch norm."""
+def _affine(norm: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Batch norm as factor and bias."""
     factor = _array(norm.weight) / np.sqrt(_array(norm.running_var) + norm.eps)
-    weight = _array(layer.weight)
-    bias = _array(norm.bias) - _array(norm.running_mean) * factor
-    return weight * factor.reshape(-1, *[1] * (weight.ndim - 1)), bias
+    return factor, _array(norm.bias) - _array(norm.running_mean) * factor
+
+
+def _folded(layer: Any, norm: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and bias of a linear layer with its batch norm."""
+    factor, bias = _affine(norm)
+    return _array(layer.weight) * factor[:, None], bias
 
 
 def _coarse_maps(
@@ -255,7 +259,11 @@ def _coarse_maps(
     for stage in [[coarse.early], [coarse.middle], coarse.deep or []]:
         for convolution, norm, _ in stage:
             stride = convolution.stride[0]
-            here = graph.add("Relu", graph.convolve(here, *_folded(convolution, norm), stride))
+            factor, bias = (part.reshape(-1, 1, 1) for part in _affine(norm))
+            here = graph.convolve(here, _array(convolution.weight), np.zeros(len(factor)), stride)
+            here = graph.add("Clip", here, graph.constant(-3e38), graph.constant(3e38))
+            here = graph.add("Add", graph.add("Mul", here, graph.constant(factor)), graph.constant(bias))
+            here = graph.add("Relu", here)
             n_rows, n_columns = (n_rows - 1) // stride + 1, (n_columns - 1) // stride + 1
         maps.append(here)
         sizes.append((n_rows, n_columns))

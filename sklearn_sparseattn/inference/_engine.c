@@ -212,9 +212,13 @@ INLINE int score(const Plan *plan, const Scratch *scratch) {
     for (int32_t i = 0; i < rows; i++)
         for (int32_t j = 0; j < columns; j++, cell_score++) {
             const float *cell = middle->cell + i * middle->pitch + (size_t)j * middle->channels;
-            lanes sum = {0};
-            for (int32_t l = 0; l < middle->channels; l += LANES) sum += load(cell + l) * load(plan->score + l);
-            *cell_score = sum_of(sum) + plan->score[middle->channels];
+            doubles sum = {0}; /* of large numbers of either sign */
+            for (int32_t l = 0; l < middle->channels; l += LANES)
+                sum += __builtin_convertvector(load(cell + l), doubles) *
+                       __builtin_convertvector(load(plan->score + l), doubles);
+            double total = plan->score[middle->channels];
+            for (int l = 0; l < LANES; l++) total += sum[l];
+            *cell_score = total;
             float size = fabsf(*cell_score);
             largest = size <= largest ? largest : size; /* NaN stays */
         }

@@ -12,6 +12,7 @@
 #define MOST_SUMS 12 /* vectors that are summed at a time: they and their factors fit 16 registers */
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef double doubles __attribute__((vector_size(8 * LANES)));
 typedef int32_t whole_lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -38,21 +39,36 @@ INLINE float sum_of(lanes v) {
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
-/* sums[c][l] = bias[l] + sum of inputs by weights, for n_columns cells and n_lanes vectors of outputs. Of
-   `size` x `size` inputs of cell c, the upper left is at `input + apart[c]`. */
+/* Add to sums[c][l] inputs by weights, for n_columns cells and n_lanes vectors of outputs. Of the `size` inputs of
+   cell c, side by side, the first is at `input + apart[c]`. */
+INLINE void add_products(const float *input, const size_t *apart, int32_t channels, int32_t size, int32_t n_inputs,
+                         const float *weight, int32_t n_outputs, int n_columns, int n_lanes, lanes *sums) {
+    for (int32_t j = 0; j < size; j++) {
+        const float *cell = input + j * channels;
+        for (int32_t n = 0; n < n_inputs; n++, weight += n_outputs)
+            UNROLL for (int c = 0; c < n_columns; c++)
+                UNROLL for (int l = 0; l < n_lanes; l++)
+                    sums[c * n_lanes + l] += cell[apart[c] + n] * load(weight + l * LANES);
+    }
+}
+
+/* sums[c][l] = bias[l] + sum of inputs by weights, of `size` x `size` inputs of each cell. Their rows are summed by
+   themselves: in one long sum, ever larger numbers would be rounded. */
 INLINE void multiply(const float *input, const size_t *apart, size_t pitch, int32_t channels, int32_t size,
                      int32_t n_inputs, const float *weight, int32_t n_outputs, const float *bias, int n_columns,
                      int n_lanes, lanes *sums) {
     UNROLL for (int c = 0; c < n_columns; c++)
         UNROLL for (int l = 0; l < n_lanes; l++) sums[c * n_lanes + l] = load(bias + l * LANES);
-    for (int32_t i = 0; i < size; i++)
-        for (int32_t j = 0; j < size; j++) {
-            const float *cell = input + i * pitch + j * channels;
-            for (int32_t n = 0; n < n_inputs; n++, weight += n_outputs)
-                UNROLL for (int c = 0; c < n_columns; c++)
-                    UNROLL for (int l = 0; l < n_lanes; l++)
-                        sums[c * n_lanes + l] += cell[apart[c] + n] * load(weight + l * LANES);
-        }
+    if (size == 1) {
+        add_products(input, apart, channels, 1, n_inputs, weight, n_outputs, n_columns, n_lanes, sums);
+        return;
+    }
+    for (int32_t i = 0; i < size; i++, weight += (size_t)size * n_inputs * n_outputs) {
+        lanes row[MOST_SUMS];
+        UNROLL for (int s = 0; s < n_columns * n_lanes; s++) row[s] = (lanes){0};
+        add_products(input + i * pitch, apart, channels, size, n_inputs, weight, n_outputs, n_columns, n_lanes, row);
+        UNROLL for (int s = 0; s < n_columns * n_lanes; s++) sums[s] += row[s];
+    }
 }
 
 /* Memory is cut from one piece; with NULL for it, only the bytes are counted. */
