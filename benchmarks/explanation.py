@@ -18,6 +18,7 @@ from accuracy import names_of
 from attributions import (
     OursLogits,
     area,
+    background,
     controls,
     curves,
     frame_of,
@@ -32,13 +33,14 @@ from attributions import (
     without_tokens,
 )
 from explanation_data import JOBS, MODELS, fitted, tested
+from peers import with_channels
 from report import machine, put_into, record, recorded
 
 from sklearn_sparseattn.images import PixelScale
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "explanation.json", HERE / "README.md"
-N_IMAGES = 24  # of each split
+N_IMAGES = 48  # of each split
 PLACES = ("cell", "nucleus", "frame", "on_cell")
 COLUMNS = (*PLACES, "deletion", "insertion", "deletion_squares", "insertion_squares")
 OF_TOKENS = ("fine attention", "contribution, absolute", "evidence of the tokens")
@@ -67,8 +69,19 @@ def maps_of(model, estimator, images, labels):
     return own | controls(images, np.random.default_rng(0))
 
 
-def measure(predict_proba, images, labels, maps, ties, masks):
-    """All figures of one map, means over the images, by column."""
+def are_not_blank(predict_proba, images, labels):
+    """Whether an image's answer is another than that to its empty background; an array of bool.
+
+    An empty slide gets an answer, too. Where it is the image's own, it stays while everything is removed,
+    and is there before anything is revealed: deletion and insertion mean nothing.
+    """
+    empty = np.broadcast_to(background(images), with_channels(images).shape).reshape(images.shape)
+    # In one call with the images: empty ones alone would be warned of, as of another unit.
+    return predict_proba(np.concatenate([images, empty]))[len(images) :].argmax(axis=1) != labels
+
+
+def measure(predict_proba, images, labels, maps, ties, masks, kept):
+    """All figures of one map by column, means over the images, of curves over those that are `kept`."""
     side = -(-images.shape[1] // 16)
     found = {
         "cell": mass_within(maps, masks > 0),
@@ -79,7 +92,8 @@ def measure(predict_proba, images, labels, maps, ties, masks):
     for suffix, grain in (("", 1), ("_squares", side)):
         order = ranking(maps, ties, grain)
         for name, insert in (("deletion", False), ("insertion", True)):
-            found[name + suffix] = area(curves(predict_proba, images, labels, order, insert=insert))
+            shown = curves(predict_proba, images[kept], labels[kept], order[kept], insert=insert)
+            found[name + suffix] = area(shown) if kept.any() else 0.0
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
@@ -105,6 +119,7 @@ def run(data, model, split, n_images):
     maps = maps_of(model, estimator, images, labels)
     # What a map leaves equal goes by the coarse attention, if the model has one.
     ties = maps.get("coarse attention", maps["random"])
+    kept = are_not_blank(estimator.predict_proba, images, labels)
     frame = frame_of(masks.shape[1:])
     shares = {"cell": masks > 0, "nucleus": masks == 255, "frame": frame}
     inside = {} if model == "mobilenetv2" else inside_of(estimator, images, target, labels, maps)
@@ -113,10 +128,11 @@ def run(data, model, split, n_images):
         "model": model,
         "split": split,
         "n": len(images),
+        "n_not_blank": int(kept.sum()),
         "accuracy": float(np.mean(labels == target)),
         "area": {name: float(where.mean()) for name, where in shares.items()},
         "maps": {
-            name: measure(estimator.predict_proba, images, labels, one, ties, masks)
+            name: measure(estimator.predict_proba, images, labels, one, ties, masks, kept)
             for name, one in maps.items()
         },
         **inside,
@@ -128,20 +144,22 @@ def run(data, model, split, n_images):
 
 
 def mean_of(runs, *path):
-    """Weighted by the number of images."""
-    values = []
+    """Weighted by the number of images that went in."""
+    values, is_area = [], path[-1].startswith(("deletion", "insertion"))
     for found in runs:
         for key in path:
             found = found[key]
         values.append(found)
-    return float(np.average(values, weights=[found["n"] for found in runs]))
+    weights = [found["n_not_blank" if is_area else "n"] for found in runs]
+    return float(np.average(values, weights=weights)) if any(weights) else float("nan")
 
 
 def rows_of(name, runs):
     """One row a map."""
     yield (
         f"| **{NAMES[name]}**, accuracy {100 * mean_of(runs, 'accuracy'):.0f} %, "
-        f"n = {sum(found['n'] for found in runs)} | " + " | ".join([""] * len(COLUMNS)) + " |"
+        f"n = {sum(found['n'] for found in runs)}, {sum(found['n_not_blank'] for found in runs)} of "
+        "them removed and revealed | " + " | ".join([""] * len(COLUMNS)) + " |"
     )
     for one in runs[0]["maps"]:
         figures = (f"{mean_of(runs, 'maps', one, column):.3f}" for column in COLUMNS)

@@ -258,6 +258,36 @@ def test_evidence_is_what_the_estimator_gives_and_that_of_the_tokens_is_its_part
     assert "occlusion" not in quick
 
 
+def test_images_with_the_answer_of_an_empty_slide_are_told(load):
+    """A model of brightness: the first image is as its background, the other two are brighter or darker."""
+    explanation = load("explanation")
+    images = np.full((3, 8, 8), 100, dtype=np.uint8)
+    images[1:, 2:6, 2:6] = np.array([250, 3])[:, None, None]
+
+    def predict_proba(rows):
+        is_class = np.stack(
+            [rows.mean((1, 2)) < 99, rows.mean((1, 2)) == 100, rows.mean((1, 2)) > 101], axis=1
+        )
+        return is_class.astype(float)
+
+    labels = predict_proba(images).argmax(axis=1)
+    assert labels.tolist() == [1, 2, 0]
+    assert explanation.are_not_blank(predict_proba, images, labels).tolist() == [False, True, True]
+    maps, masks = np.random.default_rng(0).random((3, 8, 8)), np.full((3, 8, 8), 255)
+    found = explanation.measure(
+        predict_proba, images, labels, maps, maps, masks, np.array([False, True, True])
+    )
+    alone = [
+        explanation.measure(
+            predict_proba, images[[i]], labels[[i]], maps[[i]], maps[[i]], masks[[i]], np.ones(1, bool)
+        )
+        for i in (1, 2)
+    ]
+    assert found["deletion"] == pytest.approx(np.mean([one["deletion"] for one in alone]))
+    none = explanation.measure(predict_proba, images, labels, maps, maps, masks, np.zeros(3, bool))
+    assert none["insertion"] == 0
+
+
 def test_run_and_table(load, monkeypatch, tmp_path, fitted):
     """One run from end to end, and the table made of it."""
     explanation = load("explanation")
@@ -273,6 +303,7 @@ def test_run_and_table(load, monkeypatch, tmp_path, fitted):
     results = explanation.recorded(tmp_path / "explanation.json")
     run = results["opd/shuffled/split"]
     assert run["n"] == 2
+    assert 0 <= run["n_not_blank"] <= 2
     assert run["area"]["cell"] == pytest.approx((cells.masks[:2] > 0).mean())
     for one in run["maps"].values():
         assert set(one) == set(explanation.COLUMNS)
