@@ -18,13 +18,13 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from .classifier import SparseAttnClassifier
-from .files import write_whole
+from .files import resolve_target, write_whole
 from .images import ImageShape
 from .inference import is_plain
 from .network import SparseAttnNet
 from .network.fine import EPSILON
 from .network.sparse_attn_net import MARGIN
-from .persistence import resolve_target
+from .persistence import plain_labels
 
 _DTYPES = ("uint8", "uint16", "float32")
 _BLOCK = 64  # tokens
@@ -59,7 +59,8 @@ def export_onnx(
     ImportError
         If onnx is not installed.
     ValueError
-        If `dtype` is another one, or layers of ``network_`` were replaced.
+        If `dtype` is another one, layers of ``network_`` were replaced, or the labels are neither numbers of
+        up to 64 bits nor text, dates for one.
     OSError
         If the file cannot be written, for a full disk for one.
 
@@ -94,6 +95,10 @@ def export_onnx(
         dtype = "uint8" if tuple(data_range) == (0, 255) else "float32"
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype!r} must be None or one of {_DTYPES}.")
+    try:
+        labels = plain_labels(estimator.classes_)
+    except ValueError as error:
+        raise ValueError(f"This classifier cannot be exported: {error}") from error
     network: Any = copy.deepcopy(estimator.network_).cpu()
     if not is_plain(network):
         raise ValueError("network_ is not as the fit made it: a replaced layer cannot be exported.")
@@ -108,7 +113,7 @@ def export_onnx(
     own = ["n", *(shape[:2] if shape[2] == 1 else shape)]
     model = graph.finish(dtype, own, probabilities, len(estimator.classes_))
     facts = {
-        "classes": estimator.classes_.tolist(),
+        "classes": labels,
         "image_shape": shape,
         "data_range": data_range,
         "k": estimator.k_,

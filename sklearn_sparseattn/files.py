@@ -6,11 +6,36 @@ import secrets
 from pathlib import Path
 
 
+def resolve_target(path: str | os.PathLike[str]) -> Path:
+    """Where a file is to be written: behind links, and not over what is no file.
+
+    Parameters
+    ----------
+    path : str or path
+        As the user says.
+
+    Returns
+    -------
+    Path
+        Of a file, or of nothing yet.
+
+    Raises
+    ------
+    ValueError
+        If a folder or a device is there.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"path={str(path)!r} is there and no file: give the path of a file.")
+    return path.resolve()
+
+
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file, or leave the one that was there.
 
     The content goes to a file next to it, ``.NAME.*.part``, which takes the name once it is on the disk.
-    A process that is killed leaves that one behind, and the old file as it was.
+    A process that is killed leaves that one behind, and the old file as it was. Who may read and write a file
+    that was there may do so as before; of a new one the umask decides that.
 
     Parameters
     ----------
@@ -27,8 +52,8 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
     path = Path(path)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        # Opened anew, the user's umask decides who may read it.
         with open(part, "xb") as file:
+            _permit_as_before(path, part)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -57,6 +82,14 @@ def remove_whole(path: str | os.PathLike[str]) -> None:
     for part in path.parent.glob(f".{path.name}.*.part"):
         part.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
+
+
+def _permit_as_before(path: Path, part: Path) -> None:
+    """Give a file the permissions of the one that it will replace."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = path.stat().st_mode & 0o777
+        if mode != part.stat().st_mode & 0o777:  # not every file system can change it
+            part.chmod(mode)
 
 
 def _settle(folder: Path) -> None:

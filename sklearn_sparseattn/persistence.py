@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from sklearn.utils.validation import check_is_fitted
 
 from .classifier import SparseAttnClassifier
-from .files import write_whole
+from .files import resolve_target, write_whole
 from .fitted import network_arrays, network_of
 from .inference import resolve_device
 from .network import SparseAttnNet
@@ -37,6 +37,7 @@ _MARK = rb"\"checksum\":\""
 _NO_CHECKSUM = "0" * hashlib.sha256().digest_size * 2
 _DTYPES = {"F32": np.float32, "F64": np.float64, "I64": np.int64}
 _ENOUGH_FOR_LABELS = 2**16  # bytes
+_MOST_VALUES, _MOST_THREADS = 2**40, 2**10  # of an image, and to predict with; more is not meant well
 _OF_THE_MACHINE = {"checkpoint_dir", "device"}  # parameters that mean nothing elsewhere
 _WHAT_WRONG_CONTENT_RAISES = (
     ArithmeticError,
@@ -68,7 +69,8 @@ def save_model(estimator: SparseAttnClassifier, path: str | os.PathLike[str]) ->
     NotFittedError
         Before `fit`.
     ValueError
-        If a fitted attribute was changed into something that such a file cannot hold.
+        If the labels are neither numbers of up to 64 bits nor text, dates for one, or if a fitted attribute
+        was changed into something that such a file cannot hold.
     OSError
         If the file cannot be written, for a full disk for one.
 
@@ -166,28 +168,32 @@ def load_model(path: str | os.PathLike[str], *, device: str | torch.device = "cp
         raise ValueError(f"{path} is no model file that can be loaded: {error}") from error
 
 
-def resolve_target(path: str | os.PathLike[str]) -> Path:
-    """Where a file is to be written: behind links, and not over what is no file.
+def plain_labels(classes: np.ndarray) -> list[Any]:
+    """Give labels as JSON has them, which Python's own numbers and texts can be.
 
     Parameters
     ----------
-    path : str or path
-        As the user says.
+    classes : ndarray of shape (n_classes,)
+        The labels.
 
     Returns
     -------
-    Path
-        Of a file, or of nothing yet.
+    list
+        In the same order.
 
     Raises
     ------
     ValueError
-        If a folder or a device is there.
+        If they are of another kind: as JSON they would be other labels.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"path={str(path)!r} is there and no file: give the path of a file.")
-    return path.resolve()
+    labels, dtype = classes.tolist(), classes.dtype
+    numbers = dtype.kind in "biuf" and dtype.itemsize <= 8
+    if not (numbers or all(isinstance(label, str) for label in labels)):
+        raise ValueError(
+            f"its classes {classes.astype(str).tolist()!r:.80} of dtype {dtype} are neither numbers of up to "
+            "64 bits nor text: fit it to labels that are."
+        )
+    return labels
 
 
 # ---- estimator -> bytes ----
@@ -281,7 +287,7 @@ def _encode_value(value: Any) -> Any:
 def _encode_classes(classes: np.ndarray) -> dict[str, Any]:
     if classes.dtype.kind == "U" and classes.nbytes > _ENOUGH_FOR_LABELS:
         classes = np.array(classes.tolist())  # no wider than they need
-    return {"dtype": classes.dtype.str, "values": classes.tolist()}
+    return {"dtype": classes.dtype.str, "values": plain_labels(classes)}
 
 
 # ---- bytes -> estimator ----
@@ -366,8 +372,9 @@ def _is_list_of(values: Any, kind: type) -> bool:
 
 
 def _image_shape(values: Any) -> tuple[int, int, int]:
-    if not (_is_list_of(values, int) and len(values) == 3 and min(values) > 0):
-        raise ValueError(f"image_shape={values!r:.80} is not (H, W, C).")
+    fits = _is_list_of(values, int) and len(values) == 3 and min(values) > 0
+    if not (fits and math.prod(values) <= _MOST_VALUES):
+        raise ValueError(f"image_shape={values!r:.80} is not the (H, W, C) of an image.")
     return tuple(values)
 
 
@@ -391,7 +398,7 @@ def _decode_classes(found: Any, n_bytes: int) -> np.ndarray:
 
 def _history(names: Any, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     shapes = {column.shape for column in columns.values()}
-    if set(names) != columns.keys() or "epoch" not in names or len(shapes) > 1 or shapes == {()}:
+    if set(names) != columns.keys() or "epoch" not in names or [len(shape) for shape in shapes] != [1]:
         raise ValueError("the columns of the history do not go together.")
     return {name: columns[name] for name in names}
 
@@ -423,8 +430,9 @@ def _make_estimator(params: dict[str, Any], device: str | torch.device) -> Spars
     known = SparseAttnClassifier().get_params(deep=False).keys() - _OF_THE_MACHINE
     if unknown := decoded.keys() - known:
         raise ValueError(f"this release does not know its parameters {sorted(unknown)}.")
-    if type(decoded.get("n_jobs")) not in (int, type(None)):  # the one that is used before the next fit
-        raise ValueError(f"n_jobs={decoded['n_jobs']!r:.80} is no number of threads.")
+    n_jobs = decoded.get("n_jobs")  # the one that is used before the next fit
+    if n_jobs is not None and not (type(n_jobs) is int and abs(n_jobs) <= _MOST_THREADS):
+        raise ValueError(f"n_jobs={n_jobs!r:.80} is no number of threads up to {_MOST_THREADS}.")
     return SparseAttnClassifier(**decoded, device=device)
 
 

@@ -897,6 +897,10 @@ def test_labels_at_the_limits():
         quick().fit(X, np.where(Y == 0, 2.0**63, 0.0))
     with pytest.raises(ValueError, match=r"y has labels that cannot be put in order|[Uu]nknown label"):
         quick().fit(X, [None, "a", *Y[2:]])
+    with pytest.raises(ValueError, match="y has labels of several parts"):
+        quick().fit(X, Y.astype([("number", int)]))
+    with pytest.raises(ValueError, match=r"y has labels .* bytes is not supported"):
+        quick().fit(X, Y.astype("S"))
 
 
 def test_validation_images_far_out_of_range_are_named():

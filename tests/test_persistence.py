@@ -24,7 +24,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
 from skorch.callbacks import EpochScoring
 
-from sklearn_sparseattn import SparseAttnClassifier, load_model, save_model
+from sklearn_sparseattn import SparseAttnClassifier, export_onnx, load_model, save_model
 from sklearn_sparseattn.datasets import make_cells
 
 DATA = Path(__file__).parent / "data"
@@ -120,6 +120,17 @@ def test_labels_of_every_kind(kind, path):
 def test_far_too_wide_labels_become_as_wide_as_they_need_to_be(path):
     clf = quick().fit(X, Y.astype("<U100000"))
     assert round_trip(clf, path).classes_.dtype == "<U1"
+
+
+@pytest.mark.parametrize("dtype", ["datetime64[D]", "datetime64[ns]", "timedelta64[s]", np.longdouble])
+def test_labels_that_json_would_change_are_named(dtype, path, tmp_path):
+    """A fit takes them, and so does joblib."""
+    clf = quick().fit(X, (np.arange(N) % 2).astype(dtype))
+    assert clf.predict(X).dtype == dtype
+    for write, verb in [(save_model, "kept"), (export_onnx, "exported")]:
+        with pytest.raises(ValueError, match=rf"cannot be {verb}: its classes \['.* are neither numbers"):
+            write(clf, path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_names_of_columns(path):
@@ -495,6 +506,8 @@ def test_strange_values_everywhere(content, path, fitted):
         ({"k": 1}, "k=1 is not that of the network"),
         ({"image_shape": [SIDE, SIDE, 3]}, "not for 3 channels"),
         ({"image_shape": [10**9, 10**9, 0]}, "image_shape"),
+        ({"image_shape": [10**9, 10**9, 1]}, "image_shape"),
+        ({"image_shape": [1, 2**41, 1]}, "image_shape"),
         ({"classes": {"dtype": "<U1", "values": ["a", "b"]}}, "not for 1 channels and 2 classes"),
         ({"classes": {"dtype": "<U1", "values": ["a", "c", "b"]}}, "classes are not distinct"),
         ({"classes": {"dtype": "<U100000000", "values": ["a", "b", "c"]}}, "not possible"),
@@ -505,6 +518,9 @@ def test_strange_values_everywhere(content, path, fitted):
         ({"history": ["epoch"]}, "history"),
         ({"params": {"new_one": 1}}, r"does not know its parameters \['new_one'\]"),
         ({"params": {"n_jobs": "all"}}, "n_jobs='all'"),
+        ({"params": {"n_jobs": True}}, "n_jobs=True"),
+        ({"params": {"n_jobs": 10**9}}, "n_jobs=1000000000 is no number of threads up to 1024"),
+        ({"params": {"n_jobs": -(10**9)}}, "n_jobs=-1000000000"),
     ],
     ids=str,
 )
@@ -559,6 +575,28 @@ def test_forged_arrays(content, path, name, value, message):
     path.write_bytes(forge(model_of(content), {name: a for name, a in arrays.items() if a is not None}))
     with pytest.raises(ValueError, match=message):
         load_model(path)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (0, 2), (2, 0), ()])
+def test_a_history_is_of_columns(content, path, shape):
+    arrays = load_arrays(content)
+    arrays |= {name: np.zeros(shape) for name in arrays if name.startswith("history.")}
+    path.write_bytes(forge(model_of(content), arrays))
+    with pytest.raises(ValueError, match="history"):
+        load_model(path)
+
+
+def test_a_large_image_that_is_possible_takes_no_memory_before_it_comes(content, path):
+    """The network would be the same; what it is given says how much is needed."""
+    model = model_of(content) | {"image_shape": [2**20, 2**20, 1]}
+    path.write_bytes(forge(model, load_arrays(content)))
+    tracemalloc.start()
+    loaded = load_model(path)
+    with pytest.raises(ValueError, match="1099511627776 features"):
+        loaded.predict(X.reshape(N, -1))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20 + 20 * len(content)
 
 
 def with_header(content, change):

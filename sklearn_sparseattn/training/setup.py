@@ -199,6 +199,8 @@ def unique_labels(labels: Any, name: str) -> np.ndarray:
     ValueError
         If they are none.
     """
+    if np.asarray(labels).dtype.kind == "V":  # NumPy's records have an order, but no hash
+        raise ValueError(f"{name} has labels of several parts: each must be one number or text.")
     try:
         with np.errstate(invalid="ignore"):  # whole floats beyond all integers
             if name == "y":

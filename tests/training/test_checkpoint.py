@@ -353,13 +353,32 @@ def test_removing_takes_what_killed_processes_left(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.0a1b.part", "other"]
 
 
-def test_the_umask_decides_who_reads(tmp_path):
+def test_the_umask_decides_who_reads_a_new_file(tmp_path):
     before = os.umask(0o027)
     try:
         write_whole(tmp_path / "file", b"")
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o664, 0o755])
+def test_who_could_read_a_file_can_read_what_replaces_it(mode, tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"first")
+    path.chmod(mode)
+    seen = []
+    fsync = os.fsync
+
+    def watch(handle):
+        seen.append(os.fstat(handle).st_mode & 0o777)
+        fsync(handle)
+
+    monkeypatch.setattr(files_module.os, "fsync", watch)
+    write_whole(path, b"second")
+    assert path.read_bytes() == b"second"
+    assert path.stat().st_mode & 0o777 == mode
+    assert seen[0] == mode  # and nobody else before
 
 
 def test_a_full_disk_ends_the_fit_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
