@@ -262,6 +262,81 @@ def test_evidence_is_a_fifth_column_around_zero():
         display.plot(ax=plt.subplots(2, 4)[1])
 
 
+LONG_NAMES = [
+    "monocyte with a vacuolated cytoplasm, activated, first donor",
+    "A_VERY_LONG_NAME_IN_CAPITALS_AND_WITHOUT_ANY_BLANK_VERSION_2",
+]
+
+
+def boxes(texts, figure):
+    renderer = figure.canvas.get_renderer()
+    return [text.get_window_extent(renderer) for text in texts]
+
+
+def overlap(box, other):
+    return (
+        min(box.x1, other.x1) - max(box.x0, other.x0) > 1
+        and min(box.y1, other.y1) - max(box.y0, other.y0) > 1
+    )
+
+
+@pytest.mark.parametrize("own_axes", [False, True])
+@pytest.mark.parametrize("kind", ["attention", "mean"])
+def test_long_names_are_shortened_in_their_middle_and_overlap_nothing(kind, own_axes):
+    clf, X, y = fitted()
+    shape = (12, 4) if kind == "attention" else (2, 2)
+    ax = plt.subplots(*shape, figsize=(1.6 * shape[1], 1.6 * shape[0]))[1] if own_axes else None
+    if kind == "attention":
+        options = {"class_names": LONG_NAMES, "max_images": 12, "ax": ax}
+        display = AttentionDisplay.from_estimator(clf, X, y, **options)
+        texts = [axis.yaxis.label for axis in display.axes_[:, 0]]
+        for text, title in zip(texts, display.titles, strict=True):
+            assert "…" in text.get_text()
+            probability = title.partition("\n")[0].rpartition(" ")[2]
+            assert probability in text.get_text()
+    else:
+        display = MeanAttentionDisplay.from_estimator(clf, X, y, class_names=LONG_NAMES, ax=ax)
+        texts = [axis.title for axis in display.axes_.flat] + [
+            axis.yaxis.label for axis in display.axes_[:, 0]
+        ]
+        assert display.class_names == LONG_NAMES
+        assert texts[-1].get_text().endswith("SION_2")
+    display.figure_.canvas.draw()
+    panels = [axis.get_window_extent() for axis in display.axes_.flat]
+    placed = boxes(texts, display.figure_)
+    for i, box in enumerate(placed):
+        assert not any(overlap(box, other) for other in [*placed[i + 1 :], *panels])
+
+
+def test_short_names_are_left_as_they_are():
+    clf, X, y = fitted()
+    display = MeanAttentionDisplay.from_estimator(clf, X, y, class_names=["lymphocyte", "monocyte"])
+    assert display.axes_[0, 0].get_ylabel() == "true lymphocyte"
+    assert display.axes_[0, 1].get_title().startswith("predicted monocyte\n")
+
+
+def test_dollars_backslashes_and_line_breaks_in_names_are_text():
+    clf, X, y = fitted()
+    names = ["$\\frac{$", "two\nlines $x$"]
+    display = AttentionDisplay.from_estimator(clf, X, y, class_names=names, max_images=4)
+    assert display.titles[1].endswith("\ntrue: two lines $x$")
+    mean = MeanAttentionDisplay.from_estimator(clf, X, y, class_names=names)
+    assert mean.axes_[1, 0].get_ylabel() == "true two lines $x$"
+    assert mean.axes_[0, 0].get_title().startswith("predicted $\\frac{$\n")
+    for one in (display, mean):
+        one.figure_.canvas.draw()  # mathematics would be an error
+
+
+def test_no_tick_of_a_colour_bar_looks_like_a_minus():
+    clf, X, y = fitted()
+    display = AttentionDisplay.from_estimator(clf, X, max_images=1, evidence=True)
+    mean = MeanAttentionDisplay.from_estimator(clf, X, y)
+    bars = [bar for axis in [*display.axes_.flat, *mean.axes_.flat] for bar in axis.child_axes]
+    assert len(bars) == 4
+    assert all(tick.tick2line.get_markersize() == 0 for bar in bars for tick in bar.yaxis.get_major_ticks())
+    assert bars[-1].get_ylabel() == "mean attention"
+
+
 # ---- TrainingDisplay ----
 
 HISTORY = {
@@ -307,6 +382,26 @@ def test_training_of_an_estimator_with_validation_rows():
         display.plot(ax=plt.subplots(1, 3)[1])
 
 
+def test_lines_are_seen_on_a_dark_ground():
+    with plt.style.context("dark_background"):
+        display = TrainingDisplay.from_history(HISTORY, n_pixels=200)
+    for axis in display.axes_:
+        dark = np.array(mpl.colors.to_rgb(axis.get_facecolor()))
+        for line in axis.lines:
+            assert np.abs(mpl.colors.to_rgb(line.get_color()) - dark).max() > 0.5
+    light = TrainingDisplay.from_history(HISTORY, n_pixels=200)
+    assert mpl.colors.to_hex(light.axes_[0].lines[0].get_color()) == "#000000"
+
+
+def test_a_single_epoch_has_a_single_tick():
+    one = {name: values[:1] for name, values in HISTORY.items()}
+    display = TrainingDisplay.from_history(one, n_pixels=200)
+    display.figure_.canvas.draw()
+    for axis in display.axes_:
+        low, high = axis.get_xlim()
+        assert [tick for tick in axis.get_xticks() if low <= tick <= high] == [1]
+
+
 # ---- MeanAttentionDisplay ----
 
 
@@ -338,6 +433,18 @@ def test_mean_attention_of_an_estimator_is_that_of_its_maps_in_pieces(attention,
     )
     np.testing.assert_array_equal(display.counts, expected.counts)
     np.testing.assert_allclose(display.attention, expected.attention, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["coo", "csc", "dok"])
+def test_mean_attention_converts_sparse_images_once(form, monkeypatch):
+    clf, X, y = fitted(dtype=np.float64)
+    rows = sparse.csr_array(X.reshape(len(X), -1)).asformat(form)
+    kind, calls = type(rows), []
+    tocsr = kind.tocsr
+    monkeypatch.setattr(kind, "tocsr", lambda self, copy=False: calls.append(self.shape) or tocsr(self, copy))
+    monkeypatch.setattr("sklearn_sparseattn.display.mean_attention._ROWS", 7)
+    MeanAttentionDisplay.from_estimator(clf, rows, y)
+    assert calls == [rows.shape]
 
 
 def test_mean_attention_says_what_is_wrong():

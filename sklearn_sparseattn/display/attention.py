@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from .drawing import add_colour_bar, check_matplotlib, name_classes, take_axes, take_rows
+from .drawing import add_colour_bar, check_matplotlib, fit_text, name_classes, one_line, take_axes, take_rows
 
 # Readable for the colour-blind, on gray as on a stained smear.
 _CHOSEN_COLOUR = (0.90, 0.37, 0.0)
@@ -169,9 +169,11 @@ class AttentionDisplay:
         """
         names = name_classes(classes, class_names)
         best = np.asarray(classes)[proba.argmax(axis=1)]
-        titles = [f"{names[label]} ({p:.0%})" for label, p in zip(best, proba.max(axis=1), strict=True)]
+        titles = [
+            f"{one_line(names[label])} ({p:.0%})" for label, p in zip(best, proba.max(axis=1), strict=True)
+        ]
         if y is not None:
-            true = [names.get(label, label) for label in np.asarray(y)]
+            true = [one_line(names.get(label, label)) for label in np.asarray(y)]
             titles = [f"{title}\ntrue: {name}" for title, name in zip(titles, true, strict=True)]
         own = {name: maps[name] for name in ("coarse", "pixels", "fine")}
         return cls(images, **own, titles=titles, evidence=maps.get("evidence")).plot(ax=ax)
@@ -189,7 +191,8 @@ class AttentionDisplay:
             darken all others. Evidence is red where it is for the answer, blue where it is against it; its
             scale ends at the 99th percentile of its size.
         panel_size : float, default=2.0
-            Side of a panel in inches, if a figure is made.
+            Side of a panel in inches, if a figure is made. Titles that are longer than two sides lose their
+            middle.
 
         Returns
         -------
@@ -217,7 +220,8 @@ class AttentionDisplay:
             values, top = self._fine(i)
             row[3].set_facecolor(_NOT_CHOSEN_COLOUR)
             fine = row[3].imshow(values, cmap=cmap, vmin=0, vmax=top)
-            row[0].set_ylabel(self.titles[i], fontsize="small")
+            title = fit_text(self.titles[i], row[0], panel_size if ax is None else None)
+            row[0].set_ylabel(title, fontsize="small", parse_math=False)
             for axis in row:
                 axis.set(xticks=[], yticks=[])
             add_colour_bar(row[1], coarse)

@@ -1,9 +1,15 @@
-"""What the displays share: axes, colour bars, rows of any X, class names. matplotlib is imported late."""
+"""What the displays share: axes, colour bars, texts, rows of any X. matplotlib is imported late."""
 
+import textwrap
+import unicodedata
 from typing import Any
 
 import numpy as np
 from scipy import sparse
+
+# Of a letter in units of the font size: bold ones and capitals are wider than most.
+_LETTER_WIDTH = 0.65
+_MAX_LINES = 2
 
 
 def check_matplotlib(name: str) -> None:
@@ -59,7 +65,7 @@ def take_axes(ax: Any, shape: tuple[int, ...], size: tuple[float, float]) -> np.
     return axes
 
 
-def add_colour_bar(axis: Any, picture: Any, *, most: float | None = None) -> None:
+def add_colour_bar(axis: Any, picture: Any, *, most: float | None = None, label: str = "") -> None:
     """Set a narrow colour bar to the right of a panel; no other axes are moved or made smaller.
 
     Parameters
@@ -71,6 +77,8 @@ def add_colour_bar(axis: Any, picture: Any, *, most: float | None = None) -> Non
     most : float, default=None
         Greatest value shown, its sign aside where the scale has both; beyond the end of the scale the bar
         ends in a point.
+    label : str, default=""
+        What the values are, where no title says it.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -84,7 +92,63 @@ def add_colour_bar(axis: Any, picture: Any, *, most: float | None = None) -> Non
         extend=("both" if low < 0 else "max") if beyond else "neither",
     )
     bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize="x-small", length=2, pad=1)
+    # A tick would look like a minus before its number.
+    bar.ax.tick_params(labelsize="x-small", length=0, pad=2)
+    if label:
+        bar.set_label(label, fontsize="x-small")
+
+
+def one_line(name: Any) -> str:
+    """Name of a class as text without line breaks.
+
+    Parameters
+    ----------
+    name : object
+        A label or a name.
+
+    Returns
+    -------
+    str
+        Its words, single blanks between them.
+    """
+    return " ".join(str(name).split())
+
+
+def fit_text(text: str, axis: Any, panel_size: float | None) -> str:
+    """Break long lines in two, and leave out their middle where that is not enough, beside a panel.
+
+    Names differ at their ends as often as at their beginnings, and a probability comes last.
+
+    Parameters
+    ----------
+    text : str
+        To be drawn small; each line of it is fitted by itself.
+    axis : matplotlib Axes
+        The panel.
+    panel_size : float or None
+        Side of the panel in inches; None takes that which it has, before any layout.
+
+    Returns
+    -------
+    str
+        As many lines as there were, or up to twice as many.
+    """
+    from matplotlib.font_manager import FontProperties
+
+    side = panel_size or min(axis.bbox.width, axis.bbox.height) / axis.figure.dpi
+    letter = _LETTER_WIDTH * FontProperties(size="small").get_size_in_points()
+    width = max(4, int(72 * side / letter))
+    return "\n".join(_fit_line(line, width) for line in text.split("\n"))
+
+
+def _fit_line(line: str, width: int) -> str:
+    """One line as `_MAX_LINES` at most, none longer than `width` letters."""
+    line = unicodedata.normalize("NFC", line)  # a letter and its accent are one
+    lines, half = textwrap.wrap(line, width), _MAX_LINES * width // 2
+    while len(lines) > _MAX_LINES:
+        half -= 1
+        lines = textwrap.wrap(f"{line[:half]}…{line[-half:]}", width)
+    return "\n".join(lines)
 
 
 def take_rows(X: Any, rows: slice) -> Any:

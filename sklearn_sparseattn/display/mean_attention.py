@@ -3,9 +3,10 @@
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 from sklearn.utils import check_consistent_length
 
-from .drawing import add_colour_bar, check_matplotlib, name_classes, take_axes, take_rows
+from .drawing import add_colour_bar, check_matplotlib, fit_text, name_classes, one_line, take_axes, take_rows
 
 _ROWS = 256  # images whose maps are in memory at a time
 
@@ -88,11 +89,18 @@ class MeanAttentionDisplay:
         ValueError
             If X and y are not of one length, y has labels that the estimator does not know, `attention` is
             neither, there are not as many `class_names` as classes, or `ax` has another shape.
+
+        Notes
+        -----
+        Maps of 256 images are in memory at a time, about 10 kB for each pixel of an image: 40 MB at 64 x 64,
+        however many images there are. Sparse X of another form than CSR is copied into that once, which
+        takes as much memory again as X.
         """
         check_matplotlib(cls.__name__)
         check_consistent_length(X, y)
         if attention not in ("fine", "coarse"):
             raise ValueError(f"attention={attention!r} must be 'fine' or 'coarse'.")
+        X = X.tocsr() if sparse.issparse(X) else X  # not again for each piece
         true, means = np.asarray(y), _Means(estimator.classes_, class_names)
         for start in range(0, len(true), _ROWS):
             rows = slice(start, start + _ROWS)
@@ -157,7 +165,8 @@ class MeanAttentionDisplay:
             Colour map of the attention. The scale ends at the 99.5th percentile: a pair of few images would
             darken all others.
         panel_size : float, default=1.6
-            Side of a panel in inches, if a figure is made.
+            Side of a panel in inches, if a figure is made. Names that are longer than two sides lose their
+            middle.
 
         Returns
         -------
@@ -176,20 +185,24 @@ class MeanAttentionDisplay:
         self.axes_ = take_axes(ax, (n, n), (panel_size * (n + 0.7), panel_size * (1.15 * n + 0.3)))
         self.figure_ = self.axes_[0, 0].figure
         top = float(np.nanpercentile(self.attention, 99.5))
+        side = panel_size if ax is None else None
         for i, j in np.ndindex(n, n):
             axis: Any = self.axes_[i, j]
             count = self.counts[i, j]
             # A picture of NaN is blank, but has the form of the others.
             picture = axis.imshow(self.attention[i, j], cmap=cmap, vmin=0, vmax=top)
-            head = f"predicted {self.class_names[j]}\n" if i == 0 else ""
+            head = f"predicted {one_line(self.class_names[j])}\n" if i == 0 else ""
+            title = fit_text(f"{head}{count}", axis, side)
             weight = "bold" if i == j else "normal"
-            axis.set_title(f"{head}{count}", fontsize="small", fontweight=weight)
+            axis.set_title(title, fontsize="small", fontweight=weight, parse_math=False)
             axis.set(xticks=[], yticks=[])
             if not count:
                 axis.spines[:].set_color("0.85")
             if j == 0:
-                axis.set_ylabel(f"true {self.class_names[i]}", fontsize="small")
-        add_colour_bar(self.axes_[0, -1], picture, most=np.nanmax(self.attention))
+                name = fit_text(f"true {one_line(self.class_names[i])}", axis, side)
+                axis.set_ylabel(name, fontsize="small", parse_math=False)
+        most = np.nanmax(self.attention)
+        add_colour_bar(self.axes_[0, -1], picture, most=most, label="mean attention")
         return self
 
 

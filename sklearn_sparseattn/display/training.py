@@ -7,9 +7,10 @@ import numpy as np
 
 from .drawing import check_matplotlib, take_axes
 
-# Name in the history: what it is called here, its colour (told apart by the colour-blind) and its line.
+# Name in the history: what it is called here, its colour (told apart by the colour-blind; None is that of the
+# text, black or white) and its line.
 _LOSSES = {
-    "train_loss": ("total", "black", "-"),
+    "train_loss": ("total", None, "-"),
     "focal_loss": ("answer", "#0072B2", "-"),
     "contrastive_loss": ("contrastive", "#009E73", "--"),
     "distillation_loss": ("distillation", "#D55E00", "-."),
@@ -129,10 +130,13 @@ class TrainingDisplay:
         self.axes_ = take_axes(ax, (n_panels,), (1.3 * panel_size * n_panels, panel_size))
         self.figure_ = self.axes_[0].figure
         loss, k, lr = self.axes_[:3]
+        text_colour = loss.xaxis.label.get_color()
         for name, (label, colour, style) in _LOSSES.items():
             # A term of weight 0 is not computed.
             if np.any(np.asarray(self.history.get(name, 0)) > 0):
-                self._draw(loss, self.history[name], label=label, color=colour, linestyle=style)
+                self._draw(
+                    loss, self.history[name], label=label, color=colour or text_colour, linestyle=style
+                )
         loss.set_yscale("log")
         loss.legend(fontsize="x-small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         loss.set_title("loss", fontsize="medium")
@@ -154,6 +158,6 @@ class TrainingDisplay:
         style = {"color": "#0072B2", "linewidth": 1.2, "marker": ".", "markersize": 3} | style
         axis.plot(np.asarray(self.history["epoch"]), np.asarray(values), **style)
         axis.set_xlabel("epoch", fontsize="small")
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axis.tick_params(labelsize="small")
         axis.spines[["top", "right"]].set_visible(False)
