@@ -5,6 +5,7 @@ fitted estimator answers in `fitted`.
 """
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from sklearn.utils.validation import _check_sample_weight
@@ -138,10 +139,11 @@ class SparseAttnClassifier(FittedNetwork):
     ends with the same bits as an undisturbed one (on the same machine and number of threads). The same call
     has the same parameters, `n_jobs` and `verbose` aside, and the same images, labels and weights to the last
     byte: the name of the file is made of them, so that many fits can share a folder and none takes up
-    another's; only the same fit must not run twice at a time. Functions count by their names, and so do the
-    versions of PyTorch and of this package. Of `callbacks`, state is kept of EarlyStopping, LRScheduler and
-    what has ``state_dict`` and ``load_state_dict``. With ``random_state=None`` the generators go on, too. A
-    fit that is done removes its file; one that failed, was interrupted or never taken up leaves it.
+    another's; where the same fit runs already it is an error (on Windows it is not noticed). Functions count
+    by their names, and so do the versions of PyTorch and of this package. Of `callbacks`, state is kept of
+    EarlyStopping, LRScheduler and what has ``state_dict`` and ``load_state_dict``. With ``random_state=None``
+    the generators go on, too. A fit that is done removes its file; one that failed, was interrupted or never
+    taken up leaves it.
 
     Ctrl-C after an epoch or more ends a fit with a warning and a usable estimator: with early stopping that
     of the best epoch so far, else that of the last whole one. Where numbers go wrong, a loss or weights that
@@ -281,27 +283,27 @@ class SparseAttnClassifier(FittedNetwork):
         target = self._encode(y)
         scale = PixelScale(self.data_range_)
         held_out = self._held_out_rows(X_val, y_val, scale)
-        checkpoint = self._checkpoint(label_images(images, target, weight, scale), held_out, fresh)
-        rng, generator = make_generators(self.random_state)
-        if checkpoint is not None:
-            checkpoint.begin(rng)
-        if held_out is None and self._needs_validation:
-            split = validation_split(target, self.validation_fraction, rng, required=self.early_stopping)
-            if split is not None:
-                kept, held = split
-                held_out = label_images(images.take(held), target[held], weight[held], scale)
-                images, target, weight = images.take(kept), target[kept], weight[kept]
-        training = label_images(images, target, weight, scale)
+        with self._checkpoint(label_images(images, target, weight, scale), held_out, fresh) as checkpoint:
+            rng, generator = make_generators(self.random_state)
+            if checkpoint is not None:
+                checkpoint.begin(rng)
+            if held_out is None and self._needs_validation:
+                split = validation_split(target, self.validation_fraction, rng, required=self.early_stopping)
+                if split is not None:
+                    kept, held = split
+                    held_out = label_images(images.take(held), target[held], weight[held], scale)
+                    images, target, weight = images.take(kept), target[kept], weight[kept]
+            training = label_images(images, target, weight, scale)
 
-        network = self._network_to_train(fresh, generator, training)
-        settings = TrainingSettings.from_params(self.get_params(deep=False))
-        result = self._train(network, training, held_out, rng, device, settings, checkpoint=checkpoint)
-        # Shuffled: rows may come sorted by class, and the statistics are those of batches.
-        recompute_batch_norm(network, Batches(training, self.batch_size, rng), device)
-        self._finish(network, result, fresh)
-        self._resume = None
-        if checkpoint is not None and not result.interrupted:
-            checkpoint.remove()
+            network = self._network_to_train(fresh, generator, training)
+            settings = TrainingSettings.from_params(self.get_params(deep=False))
+            result = self._train(network, training, held_out, rng, device, settings, checkpoint=checkpoint)
+            # Shuffled: rows may come sorted by class, and the statistics are those of batches.
+            recompute_batch_norm(network, Batches(training, self.batch_size, rng), device)
+            self._finish(network, result, fresh)
+            self._resume = None
+            if checkpoint is not None and not result.interrupted:
+                checkpoint.remove()
         return self
 
     @all_or_nothing
@@ -402,9 +404,9 @@ class SparseAttnClassifier(FittedNetwork):
         params = self.get_params(deep=False)
         return new_network(params, self.image_shape_, len(self.classes_), generator, training)
 
-    def _checkpoint(self, training, held_out, fresh) -> Checkpoint | None:
+    def _checkpoint(self, training, held_out, fresh) -> AbstractContextManager[Checkpoint | None]:
         if self.checkpoint_dir is None:
-            return None
+            return nullcontext()
         params, start = self.get_params(deep=False), None if fresh else self.network_
         name = fingerprint(params, self.classes_, [training, held_out], start)
         return Checkpoint(self.checkpoint_dir, name)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -82,6 +83,65 @@ def remove_whole(path: str | os.PathLike[str]) -> None:
     for part in path.parent.glob(f".{path.name}.*.part"):
         part.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hold(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep others who `hold` the same file out, in this process or another, until the end of the block.
+
+    They meet at an empty file next to it, ``.NAME.lock``. What keeps them out is the system's lock on that,
+    which dies with the process: the empty file that a killed one leaves behind keeps out nobody.
+
+    Parameters
+    ----------
+    path : str or path
+        Of the file, which need not be there.
+
+    Raises
+    ------
+    BlockingIOError
+        If another holds it; the message names the lock.
+    OSError
+        If there can be no file in this place.
+
+    Notes
+    -----
+    On Windows and on file systems without locks nobody is kept out. A process forked in the block shares the
+    lock, until both have ended or the lock's file is removed.
+    """
+    path = Path(path)
+    lock = path.with_name(f".{path.name}.lock")
+    handle = _lock(lock)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                lock.unlink()  # first: whoever has it open by now sees that it is gone
+            os.close(handle)
+
+
+def _lock(lock: Path) -> int | None:
+    """An open file with a lock on it; None if the system or the file system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), lock.stat()):
+                    return handle
+        except BlockingIOError as error:
+            os.close(handle)
+            raise BlockingIOError(error.errno, "held by another", lock.as_posix()) from error
+        except OSError:
+            os.close(handle)
+            lock.unlink(missing_ok=True)
+            return None
+        os.close(handle)  # the one who had it has just removed it
 
 
 def _permit_as_before(path: Path, part: Path) -> None:

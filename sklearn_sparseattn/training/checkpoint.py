@@ -10,6 +10,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,7 +23,7 @@ from skorch.callbacks import Callback, LRScheduler
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..files import remove_whole, write_whole
+from ..files import hold, remove_whole, write_whole
 from ..images import chunk_slices
 from .batches import LabelledImages
 from .net import diverged
@@ -37,7 +38,7 @@ _REMEMBERED = ("misses_", "dynamic_threshold_", "best_epoch_", "best_model_weigh
 
 
 class Checkpoint:
-    """The file of one fit.
+    """The file of one fit; in a ``with`` block, in which no other may have it.
 
     Parameters
     ----------
@@ -51,25 +52,30 @@ class Checkpoint:
     path : Path
         Of the file.
     state : dict or None
-        What the file held when this was made: the fit to be taken up. None if there was none.
+        What the file held when the block began: the fit to be taken up. None if there was none.
 
     Raises
     ------
     ValueError
-        If the folder cannot be written to, or the file is damaged.
+        When the block begins: if the folder cannot be written to, the file is damaged, or the same fit runs
+        elsewhere.
     """
 
     def __init__(self, folder: str | os.PathLike[str], fingerprint: str) -> None:
+        self.folder = folder
         self.path = Path(folder) / f"fit-{fingerprint}.checkpoint"
+        self.state: dict[str, Any] | None = None
         self._start: Mapping[str, Any] = {}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise PermissionError("it is not to be written to")
-            content = self.path.read_bytes() if self.path.exists() else None
-        except (OSError, ValueError) as error:
-            raise ValueError(f"checkpoint_dir={os.fspath(folder)!r} cannot be used: {error}.") from error
-        self.state = None if content is None else self._unpacked(content)
+
+    def __enter__(self) -> "Checkpoint":
+        with ExitStack() as held:
+            content = self._taken(held)
+            self.state = None if content is None else self._unpacked(content)
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._held.close()
 
     def begin(self, rng: np.random.Generator) -> None:
         """Let a generator start where that of the fit to be taken up did; of a new fit, note where that is.
@@ -104,6 +110,22 @@ class Checkpoint:
     def remove(self) -> None:
         """Remove the file: the fit is done."""
         remove_whole(self.path)
+
+    def _taken(self, held: ExitStack) -> bytes | None:
+        """Content of the file, which is ours from now on."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK | os.X_OK):
+                raise PermissionError("it is not to be written to")
+            held.enter_context(hold(self.path))
+            return self.path.read_bytes() if self.path.exists() else None
+        except BlockingIOError as error:
+            raise ValueError(
+                "checkpoint_dir: the same fit, to the last parameter and byte, is running already, in another"
+                f" process or thread that holds {error.filename}. Let it end, or give another folder."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise ValueError(f"checkpoint_dir={os.fspath(self.folder)!r} cannot be used: {error}.") from error
 
     def _unpacked(self, content: bytes) -> dict[str, Any]:
         try:

@@ -1,5 +1,6 @@
 """A fit that is killed and taken up ends as if nothing had happened; what is not its own it leaves alone."""
 
+import contextlib
 import errno
 import io
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from scipy import sparse
 
 from sklearn_sparseattn import DynamicK, SparseAttnClassifier
 from sklearn_sparseattn import files as files_module
-from sklearn_sparseattn.files import remove_whole, write_whole
+from sklearn_sparseattn.files import hold, remove_whole, write_whole
 
 SIDE = 8
 Y = np.arange(36) % 3
@@ -230,6 +232,10 @@ def test_kill_9_of_a_process(tmp_path, monkeypatch):
         while not any(path.suffix == ".checkpoint" for path in tmp_path.iterdir()):
             assert process.poll() is None
             time.sleep(0.005)  # which the process has for itself
+        same = SparseAttnClassifier(max_epochs=400, batch_size=10, random_state=0, checkpoint_dir=tmp_path)
+        with pytest.raises(ValueError, match=r"the same fit.* is running .*\.checkpoint\.lock"):
+            same.fit(X, Y)
+        assert not hasattr(same, "network_")
     finally:
         process.send_signal(signal.SIGKILL)
         assert process.communicate()[0] == b""
@@ -267,6 +273,28 @@ def test_kill_9_of_a_process(tmp_path, monkeypatch):
 
 
 # ---- whose it is ----
+
+
+def test_the_same_fit_cannot_run_twice_at_a_time(tmp_path):
+    """Not in two threads of a process either; another fit can, in the same folder."""
+    refused, others = [], []
+
+    class KillAt(skorch.callbacks.Callback):  # by its name the same
+        def on_epoch_begin(self, net, **kwargs):
+            if len(net.history) == 2:
+                with ThreadPoolExecutor(1) as pool:
+                    refused.append(pool.submit(quick(tmp_path).fit, X, Y).exception())
+                    others.append(pool.submit(quick(tmp_path, lr=0.02).fit, X, Y).result())
+
+    KillAt.__module__, KillAt.__qualname__ = globals()["KillAt"].__module__, "KillAt"
+    clf = quick(tmp_path).set_params(callbacks=[KillAt()]).fit(X, Y)
+    assert isinstance(refused[0], ValueError)
+    assert "is running already" in str(refused[0])
+    assert same_fit(clf, quick().fit(X, Y))
+    assert same_fit(others[0], quick(lr=0.02).fit(X, Y))
+    assert list(tmp_path.iterdir()) == []
+    quick(tmp_path).fit(X, Y)
+
 
 OTHERS = {
     "a parameter": ({"lr": 0.02}, {}),
@@ -379,6 +407,52 @@ def test_who_could_read_a_file_can_read_what_replaces_it(mode, tmp_path, monkeyp
     assert path.read_bytes() == b"second"
     assert path.stat().st_mode & 0o777 == mode
     assert seen[0] == mode  # and nobody else before
+
+
+def test_one_holds_a_file_at_a_time(tmp_path):
+    """Locks that come and go while others ask for them: never two have one, and nothing is left."""
+    holders, most = [], []
+
+    def ask():
+        n_held = 0
+        while n_held < 50:
+            with contextlib.suppress(BlockingIOError), hold(tmp_path / "file"):
+                n_held += 1
+                holders.append(1)
+                time.sleep(0)
+                most.append(len(holders))
+                holders.pop()
+
+    with ThreadPoolExecutor(4) as pool:
+        for asked in [pool.submit(ask) for _ in range(4)]:
+            asked.result()
+    assert most == [1] * 200
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_cannot_hold_a_file_is_told_by_whom(tmp_path):
+    (tmp_path / ".file.lock").touch()  # of a process that was killed
+    with hold(tmp_path / "file"):
+        with pytest.raises(BlockingIOError, match=r"\.file\.lock"), hold(str(tmp_path / "file")):
+            pass
+        with hold(tmp_path / "other"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError), hold(tmp_path / "nowhere" / "file"):
+        pass
+
+
+@pytest.mark.parametrize("system", ["Windows", "a file system without locks"])
+def test_where_there_are_no_locks_nothing_is_held(system, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if system == "Windows":
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    else:
+        monkeypatch.setattr("fcntl.flock", refuse)
+    with hold(tmp_path / "file"), hold(tmp_path / "file"):
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_ends_the_fit_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
