@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LANES = 8
 _KEPT = threading.local()
@@ -49,6 +49,25 @@ def load_library(name: str, structure: type[ctypes.Structure]) -> Any:
         *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)
     ]
     return library
+
+
+def has_hooks(*modules: nn.Module) -> bool:
+    """Tell whether somebody watches or changes what some layers do, which compiled code would pass by.
+
+    Parameters
+    ----------
+    *modules : nn.Module
+        Layers that PyTorch would call.
+
+    Returns
+    -------
+    bool
+        Whether one of them has a hook, forward or backward.
+    """
+    return any(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        for layer in modules
+    )
 
 
 def point(structure: ctypes.Structure, tensors: dict[str, Tensor], **lists: Sequence[Tensor | None]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .compiled import LANES, load_library, point, share_out, threads
+from .compiled import LANES, has_hooks, load_library, point, share_out, threads
 
 _STAGES = (0, 1)
 _Stages = ctypes.c_void_p * len(_STAGES)
@@ -74,19 +74,32 @@ def look(
     Notes
     -----
     It returns None if compiled code cannot do it: elsewhere than on a CPU, not in float32, without the
-    statistics of a batch, or if the stages are not as usual.
+    statistics of a batch, or if the stages are not as usual or have hooks.
     """
-    stages = [_Stage(*cast(Any, layers)[:2]) for layers in (early, middle)]
-    if _LIBRARY is None or not _is_usual(images, stages, score):
+    if _LIBRARY is None or not (_has_its_layers(early) and _has_its_layers(middle)) or has_hooks(score):
+        return None
+    stages = [_Stage(*list(cast(Any, layers))[:2]) for layers in (early, middle)]
+    if not _is_usual(images, stages, score):
         return None
     learned = [p for conv, norm in stages for p in (conv.weight, norm.weight, norm.bias)]
     return cast(Any, CompiledLook.apply(images, stages, score.weight, score.bias, *learned))
+
+
+def _has_its_layers(stage: nn.Sequential) -> bool:
+    return (
+        type(stage) is nn.Sequential
+        and tuple(map(type, stage)) == (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
+        and not has_hooks(stage, *stage)
+    )
 
 
 def _is_usual(images: Tensor, stages: list[_Stage], score: nn.Conv2d) -> bool:
     tensors = (images, score.weight, *(part.weight for stage in stages for part in stage))
     return (
         all(_is_usual_stage(*stage) for stage in stages)
+        and (type(score), score.out_channels) == (nn.Conv2d, 1)
+        and (score.kernel_size, score.stride, score.padding) == ((1, 1), (1, 1), (0, 0))
+        and score.bias is not None
         and len(images) > 1
         and not images.requires_grad
         and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .branch import TokenBranch, is_compiled
 from .coarse import CoarseAttention
+from .compiled import has_hooks
 from .context import TokenContext
 from .fine import FineAttention, PixelEmbedding
 from .fusion import FusionClassifier
@@ -85,6 +86,7 @@ class SparseAttnNet(nn.Module):
         The other arguments it was made with.
     compiled : bool
         Whether compiled code may stand in for `hidden_tokens` and `fine`; False if one of them is changed.
+        It does not where layers have hooks.
 
     Notes
     -----
@@ -106,6 +108,10 @@ class SparseAttnNet(nn.Module):
 
     The gate lets the loss of the answer teach the scores, where in the paper the distillation alone does. And
     the answer is a continuous function of the image: a pixel that has only just been chosen has no weight.
+
+    Hooks are called on the layers, but not on `coarse`, `embedding` and `fine`, of which other methods than
+    `forward` are called, nor on ``embedding.out`` and the convolutions of `context`, whose weights are folded
+    or used by themselves.
 
     References
     ----------
@@ -224,7 +230,7 @@ class SparseAttnNet(nn.Module):
         fine, out = self.fine, self.embedding.out
         widths = fine.key.weight.shape[::-1]
         compiled = self.compiled and len(images) > 0 and is_compiled(images, maps, *widths)
-        if self.context is None or not compiled:
+        if self.context is None or not compiled or has_hooks(self.context, self.embedding.first):
             return fine.attend(self.hidden_tokens(images, pixels, scores, maps), out)
         gates = self.gates(scores.flatten(1).gather(1, pixels))
         first = self.embedding.first

@@ -137,6 +137,26 @@ def test_when_pytorch_has_to_do_it():
     assert not branch.is_compiled(images, (torch.zeros(2, 3, 8, 8), *maps[1:]), 32, 32)
 
 
+# What PyTorch says where a layer is given pixels, which have no gradients.
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "register_forward_pre_hook",
+        "register_forward_hook",
+        "register_full_backward_pre_hook",
+        "register_full_backward_hook",
+    ],
+)
+@pytest.mark.parametrize("layer", ["context", "embedding.first", "fine.key", "fine.value", "fusion.out"])
+def test_hooks_are_called(layer, hook):
+    """Whether or not compiled code could stand in for the layer."""
+    network, images, calls = make_network((4, 1, 16, 16), 40), make_images((4, 1, 16, 16)), []
+    getattr(network.get_submodule(layer), hook)(lambda *given: calls.append(layer))
+    network(images).logits.sum().backward()
+    assert calls == [layer]
+
+
 def test_without_compiled_code_pytorch_does_it(monkeypatch):
     shape = (4, 1, 16, 16)
     network, images = make_network(shape, 40), make_images(shape)

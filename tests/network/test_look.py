@@ -196,10 +196,37 @@ def test_when_pytorch_has_to_do_it():
         lambda c: setattr(c.early[0], "bias", torch.nn.Parameter(torch.zeros(8))),
         lambda c: setattr(c.early, "1", torch.nn.BatchNorm2d(8, affine=False)),
         lambda c: setattr(c.early, "1", torch.nn.BatchNorm2d(8, track_running_stats=False)),
+        lambda c: setattr(c.early, "2", torch.nn.GELU()),
+        lambda c: setattr(c, "middle", c.middle.append(torch.nn.Tanh())),
+        lambda c: setattr(c, "middle", torch.nn.Conv2d(8, 16, 3)),
+        lambda c: setattr(c, "score", torch.nn.Conv2d(16, 1, 3, padding=1)),
+        lambda c: setattr(c, "score", torch.nn.Conv2d(16, 1, 1, bias=False)),
     ):
         other = make_coarse(2)
         change(other)
         assert not is_compiled(other, images)
+
+
+HOOKS = [
+    "register_forward_pre_hook",
+    "register_forward_hook",
+    "register_full_backward_pre_hook",
+    "register_full_backward_hook",
+]
+
+
+# What PyTorch says where a layer is given images, which have no gradients.
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("layer", ["early", "early.0", "early.1", "middle.2", "score"])
+def test_hooks_are_called(layer, hook):
+    coarse, images, calls = make_coarse(1), make_images((3, 1, 16, 16)), []
+    handle = getattr(coarse.get_submodule(layer), hook)(lambda *given: calls.append(layer))
+    assert not is_compiled(coarse, images)
+    coarse.look(images).scores.square().sum().backward()
+    assert calls == [layer]
+    handle.remove()
+    assert is_compiled(coarse, images)
 
 
 def test_without_compiled_code_pytorch_does_it(monkeypatch):
