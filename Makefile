@@ -23,7 +23,7 @@ help:  ## show this list
 setup: $(STAMP)  ## make .venv with everything in it
 
 # Runs again only when what is to be installed has changed.
-$(STAMP): pyproject.toml constraints.txt $(wildcard sklearn_sparseattn/*/_*.[ch])
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard sklearn_sparseattn/*/_*.[ch])
 	@command -v "$(PYTHON)" >/dev/null || { \
 	  echo "No '$(PYTHON)' here. Install Python 3.10 or newer, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

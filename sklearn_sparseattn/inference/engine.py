@@ -17,6 +17,7 @@ from torch import nn
 from ..images import ImageShape, PixelScale
 from ..network import CoarseAttention, FusionClassifier, SparseAttnNet
 from ..network.branch import MOST_PIXELS
+from ..network.compiled import is_stale
 from ..network.fine import EPSILON
 from ..network.sparse_attn_net import MARGIN
 
@@ -70,7 +71,7 @@ def _load_library() -> Any:
     library = ctypes.CDLL(spec.origin)
     sizes = [ctypes.c_int64(), ctypes.c_int64()]
     library.sparseattn_sizes(*(ctypes.byref(size) for size in sizes))
-    if [size.value for size in sizes] != [ctypes.sizeof(_Plan), ctypes.sizeof(_Results)]:
+    if [size.value for size in sizes] != [ctypes.sizeof(_Plan), ctypes.sizeof(_Results)] or is_stale(library):
         raise ImportError(f"{spec.origin} was built from other sources: install sklearn-sparseattn again.")
     library.sparseattn_run.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_void_p]
     return library

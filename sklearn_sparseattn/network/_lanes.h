@@ -16,6 +16,13 @@ typedef double doubles __attribute__((vector_size(8 * LANES)));
 typedef int32_t whole_lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 
+/* Files and digests, from setup.py: what a library was built from. Each includes this header once. */
+#ifndef SPARSEATTN_SOURCES
+#define SPARSEATTN_SOURCES ""
+#endif
+const char *sparseattn_sources(void);
+const char *sparseattn_sources(void) { return SPARSEATTN_SOURCES; }
+
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 12")
 /* A function with everything in it is compiled for several processors; the loader takes the best. */

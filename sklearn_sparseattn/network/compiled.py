@@ -4,10 +4,13 @@ import ctypes
 import importlib.util
 import itertools
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +38,7 @@ def load_library(name: str, structure: type[ctypes.Structure]) -> Any:
     Raises
     ------
     ImportError
-        If it was built from sources with another structure.
+        If it was built from other sources.
     """
     spec = importlib.util.find_spec(f"._{name}", __package__)
     if spec is None or spec.origin is None:
@@ -43,12 +46,36 @@ def load_library(name: str, structure: type[ctypes.Structure]) -> Any:
     library = ctypes.CDLL(spec.origin)
     size_of = getattr(library, f"sparseattn_{name}_size")
     size_of.restype = ctypes.c_int64
-    if size_of() != ctypes.sizeof(structure):
+    if size_of() != ctypes.sizeof(structure) or is_stale(library):
         raise ImportError(f"{spec.origin} was built from other sources: install sklearn-sparseattn again.")
     getattr(library, f"sparseattn_{name}").argtypes = [
         *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)
     ]
     return library
+
+
+def is_stale(library: ctypes.CDLL) -> bool:
+    """Tell whether sources were changed since compiled code was built from them, as far as they are there.
+
+    Parameters
+    ----------
+    library : ctypes.CDLL
+        Built by setup.py; of another one nothing is known.
+
+    Returns
+    -------
+    bool
+        Whether a file of the package has another content than the one that was compiled.
+    """
+    sources = getattr(library, "sparseattn_sources", None)
+    if sources is None:
+        return False
+    sources.restype = ctypes.c_char_p
+    for name, digest in re.findall("([^,]+):([0-9a-f]+)", sources().decode()):
+        file = Path(__file__).parents[1] / name
+        if file.is_file() and blake2b(file.read_bytes(), digest_size=8).hexdigest() != digest:
+            return True
+    return False
 
 
 def has_hooks(*modules: nn.Module) -> bool:

@@ -2,12 +2,19 @@
 
 import copy
 import ctypes
+import hashlib
+import re
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import setuptools
 import torch
 
 from sklearn_sparseattn.network import CoarseAttention, SparseAttnNet, compiled, look
 
+PACKAGE = Path(compiled.__file__).parents[1]
 STRIDES = [(2, 2, 2), (1, 2, 2), (1, 1, 2), (3, 2, 1), (1, 5, 1)]
 CHANNELS = [(8, 16), (8, 16, 24), (24, 8)]
 N_PARTS = 4  # of what is seen: scores, pooled features, the first and the second map
@@ -243,6 +250,45 @@ def test_images_may_have_gradients():
     images = make_images((3, 1, 12, 12)).requires_grad_()
     make_coarse(1).look(images).scores.square().sum().backward()
     assert images.grad.abs().sum() > 0
+
+
+def library_of(sources):
+    return SimpleNamespace(sparseattn_sources=lambda: sources)
+
+
+def test_code_whose_sources_were_changed_is_known():
+    digest = hashlib.blake2b((PACKAGE / "network/_look.c").read_bytes(), digest_size=8).hexdigest()
+    known, other = f"network/_look.c:{digest}", f"network/_lanes.h:{'0' * 16}"
+    assert not compiled.is_stale(library_of(known.encode()))
+    assert compiled.is_stale(library_of(f"{known},{other}".encode()))
+    # Of what is not there, nothing can be said.
+    assert not compiled.is_stale(library_of(f"{known},{other.replace('_lanes', '_none')}".encode()))
+    assert not compiled.is_stale(library_of(b""))
+    assert not compiled.is_stale(SimpleNamespace())
+
+
+@pytest.mark.filterwarnings(r"ignore:`\[tool.setuptools.ext-modules\]` .* is still \*experimental")
+def test_setup_tells_compiled_code_what_it_is_built_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(PACKAGE.parent)
+    found = {}
+    monkeypatch.setattr("setuptools.setup", lambda cmdclass: found.update(cmdclass))
+    runpy.run_path("setup.py")
+    distribution = setuptools.Distribution()
+    distribution.parse_config_files()
+    for extension in distribution.ext_modules:
+        extension.extra_compile_args = ["-std=gnu11", "-O0", "-w"]
+    build = found["build_ext"](distribution)
+    build.build_lib, build.build_temp = str(tmp_path), str(tmp_path / "temp")
+    build.ensure_finalized()
+    build.run()
+    for extension in distribution.ext_modules:
+        library = ctypes.CDLL(build.get_ext_fullpath(extension.name))
+        assert not compiled.is_stale(library)
+        told = library.sparseattn_sources().decode()
+        included = re.findall('#include "([^"]*)"', Path(extension.sources[0]).read_text())
+        assert included
+        for name in (extension.sources[0], *included):
+            assert f"{Path(name).name}:" in told
 
 
 def test_code_built_from_other_sources_is_refused():
