@@ -85,7 +85,7 @@ def make_images(shape=(12, 14), n=36, n_classes=3):
 
 
 def fit(X, y, **params):
-    return SparseAttnClassifier(max_epochs=1, random_state=0, **params).fit(X, y)
+    return SparseAttnClassifier(**{"max_epochs": 1, "random_state": 0} | params).fit(X, y)
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +238,13 @@ def test_labels_and_names_stay_text(tmp_path):
     assert "\u2028" not in page.source.split('id="data"')[1]
 
 
+def test_names_that_would_not_be_seen_stand_in_quotes(fitted, tmp_path):
+    clf, X, y = fitted
+    page = report(clf, X, y, tmp_path, class_names=["", " ", "c"], names=["\t", *map(str, range(1, 36))])
+    assert page.data["classes"] == ['""', '" "', "c"]
+    assert '"\t"' in [cell["name"] for cell in page.data["cells"]]
+
+
 def test_the_page_asks_for_nothing_and_runs_its_own_script_only(fitted, tmp_path):
     page = report(*fitted, tmp_path)
     [policy] = [attrs["content"] for tag, attrs in page.tags if tag == "meta" and "http-equiv" in attrs]
@@ -313,9 +320,50 @@ def test_training_and_validation_are_compared_by_the_same_loss():
     ones = np.ones(3)
     history = {"epoch": np.arange(3), "focal_loss": ones, "valid_loss": ones, "k": 9 * ones}
     drawn = charts.training_charts(history, 100)
-    assert list(drawn) == ["Focal loss", "Chosen pixels, % of the image"]
-    alone = charts.training_charts({**history, "train_loss": 1e6 * ones}, 100)["Focal loss"]
-    assert re.findall(r'd="M [^"]*"', alone) == re.findall(r'd="M [^"]*"', drawn["Focal loss"])
+    assert [one.title for one in drawn] == ["Classification loss", "Chosen pixels, % of the image"]
+    alone = charts.training_charts({**history, "train_loss": 1e6 * ones}, 100)[0]
+    assert re.findall(r'd="M [^"]*"', alone.svg) == re.findall(r'd="M [^"]*"', drawn[0].svg)
+    assert drawn[0].head == ["epoch", "training", "validation"]
+    assert alone.rows == drawn[0].rows
+
+
+def test_every_chart_has_a_sentence_and_its_numbers_beside_it(tmp_path):
+    X, y = make_images()
+    clf = fit(X, y, early_stopping=True, max_epochs=2)
+    page = report(clf, X, y, tmp_path)
+    found = {}
+    for figure in re.findall(r"<figure>.*?</figure>", page.source, re.S):
+        title = re.search(r"<figcaption>(.*?)</figcaption>", figure)[1]
+        [said] = re.findall(r'<svg role="img" aria-label="([^"]+)"', figure)
+        table = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>.*?</tr>", figure)[1:]]
+        assert all(text in said for row in (table[0], table[-1]) for text in row[1:2])
+        assert f'aria-label="{title}"><table>' in figure
+        found[title] = table
+    confidence = clf.predict_proba(X).max(axis=1)
+    bins = scores.calibration(confidence, clf.predict(X) == y)
+    rows = [[f"{100 * one.confidence:.1f}", f"{100 * one.right.value:.1f}", str(one.n)] for one in bins]
+    assert [[*row[:2], row[3]] for row in found.pop("Is it as sure as it is right?")] == rows
+    history = clf.history_
+    drawn = {
+        "Classification loss": [history["focal_loss"], history["valid_loss"]],
+        "Chosen pixels, % of the image": [100 * history["k"] / (12 * 14)],
+        "Accuracy on validation images, %": [100 * history["valid_score"]],
+    }
+    assert found.keys() == drawn.keys()
+    for title, values in drawn.items():
+        np.testing.assert_allclose(np.array(found[title], float).T, [[1, 2], *values], rtol=6e-3, atol=0.05)
+
+
+@pytest.mark.parametrize("losses", [[0.0], [0.0, 0.0], [3.0, np.inf, 2.0]])
+def test_charts_of_short_flat_and_endless_histories(losses):
+    n = len(losses)
+    history = {"epoch": np.arange(1, n + 1), "focal_loss": np.array(losses), "k": np.full(n, 9)}
+    for chart in charts.training_charts({**history, "valid_score": np.zeros(n)}, 100):
+        assert len(chart.rows) == n
+        assert chart.rows[0][0] == "1"
+        # matplotlib writes each text as a comment, too: first the ticks of the epochs, which are whole.
+        texts = re.findall(r"<!-- (.*?) -->", chart.svg)
+        assert texts[: texts.index("epoch")] == [str(epoch) for epoch in range(1, n + 1)]
 
 
 FORMS = {
@@ -340,6 +388,16 @@ def test_any_form_of_the_images_gives_the_same_cells(fitted, form):
     found = pictures.draw_cells(clf, FORMS[form](X), rows)
     expected = expected or pictures.draw_cells(clf, X.reshape(len(X), -1), rows)
     assert found == expected
+
+
+def test_sparse_images_are_converted_once(fitted, monkeypatch):
+    clf, X, _ = fitted
+    calls, tocsr = [], sparse.coo_array.tocsr
+    monkeypatch.setattr(
+        sparse.coo_array, "tocsr", lambda self, copy=False: calls.append(1) or tocsr(self, copy)
+    )
+    pictures.draw_cells(clf, sparse.coo_array(X.reshape(len(X), -1)), np.arange(20))
+    assert calls == [1]
 
 
 def test_chunks_are_small_and_change_nothing(fitted, monkeypatch):

@@ -27,6 +27,14 @@ HOSTILE = [
     '"><img src=x onerror=alert(1)>',
     "</script><img src=http://198.51.100.1/a.png>\u2028'",
 ]
+FOREIGN = [
+    "לימפוציט (פעיל) מסוג 2, עם שם ארוך מאוד",
+    "خلية\nوحيدة",
+    "Z" + "\u0334\u0327\u0353\u030d\u0352" * 30 + "algo",
+    "\u202egnp.exe \u2066open",  # turns around what follows, and does not end it
+    "A_very_long_name_" * 20,
+    "",
+]
 # Of a click, until the filtered gallery is laid out and drawn.
 MOST_MS = 200
 MOST_BYTES = 15e6
@@ -71,6 +79,19 @@ def hostile(tmp_path_factory):
     return file
 
 
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """Names in other scripts, with line breaks, too long, or of nothing; some cells are wrong."""
+    images = np.random.default_rng(0).integers(0, 255, size=(60, 16, 20), dtype=np.uint8)
+    labels = np.array(FOREIGN, dtype=object)[np.arange(60) % len(FOREIGN)]
+    clf = SparseAttnClassifier(max_epochs=1, random_state=0).fit(images, labels)
+    file = tmp_path_factory.mktemp("foreign") / "report.html"
+    write_report(
+        clf, images, labels, file, names=[f"{label}/תמונה {i}.tif" for i, label in enumerate(labels)]
+    )
+    return file, labels.astype(str), clf.predict(images)
+
+
 @pytest.fixture
 def page(browser, request):
     """Open the report that the test names; afterwards nothing may be in the console, or be asked for."""
@@ -85,6 +106,7 @@ def page(browser, request):
 
 
 large_page = pytest.mark.parametrize("page", ["large"], indirect=True)
+foreign_page = pytest.mark.parametrize("page", ["foreign"], indirect=True)
 hostile_page = pytest.mark.parametrize("page", ["hostile"], indirect=True)
 
 
@@ -274,6 +296,144 @@ def test_hostile_names_are_text_wherever_they_stand(page):
     find(page, "#close").click()
 
 
+def set_size(page, width, height):
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+@foreign_page
+def test_names_have_their_own_direction_and_choose_their_cells(page, foreign):
+    _, true, predicted = foreign
+    # Of each piece of text with a name in it: whether what stands around it is kept out.
+    isolated = """const bare = (text) => text.replace(/\\s+/g, " ").trim();
+        const names = [...data.classes, ...data.cells.map(one => one.name)].map(bare);
+        const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+        const found = [];
+        for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+            const parent = node.parentElement;
+            if (parent.tagName !== "SCRIPT" && names.some(name => bare(node.data).includes(name)))
+                found.push(names.includes(bare(node.data)) && getComputedStyle(parent).unicodeBidi);
+        }
+        return found"""
+    classes = page.execute_script("return data.classes")
+    assert '""' in classes
+    for i, label in enumerate(sorted(FOREIGN)):
+        button = find(page, matrix_cell(i, -1))
+        assert button.is_displayed()
+        button.click()
+        assert shown(page) == (true == label).sum() == 10
+        assert classes[i] in find(page, "#status").get_attribute("textContent")
+        j = sorted(FOREIGN).index(predicted[true == label][0])
+        cell = find(page, matrix_cell(i, j))
+        page.execute_script("arguments[0].click()", cell)
+        assert (
+            shown(page)
+            == int(cell.text)
+            == ((true == label) & (predicted == predicted[true == label][0])).sum()
+        )
+        find(page, "#gallery li:not([hidden]) button").click()
+        kinds = page.execute_script(isolated)
+        # In the lists and tables, above the gallery, in the gallery, in the window of the cell.
+        assert len(kinds) > 4 * len(FOREIGN) + len(true)
+        assert set(kinds) == {"isolate"}
+        find(page, "#close").click()
+
+
+@foreign_page
+@pytest.mark.parametrize("width", [400, 1280])
+def test_names_do_not_break_the_page(page, width):
+    set_size(page, width, 700)
+    page.execute_script("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+    for i in range(len(FOREIGN)):
+        page.execute_script("document.querySelector(arguments[0]).click()", matrix_cell(i, -1))
+        assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    find(page, "#clear").click()
+    # Pictures stand in rows, whether the caption has two lines or three; captions end inside their cell.
+    boxes = page.execute_script("""return items.map(item => {
+        const box = (element) => element.getBoundingClientRect();
+        item.style.contentVisibility = "visible";
+        const texts = [...item.querySelectorAll("bdi, .sure")].map(box);
+        const [button, picture] = [box(item.firstChild), box(item.querySelector("img"))];
+        return [button.top, picture.top, button.bottom - Math.max(...texts.map(text => text.bottom)),
+            button.right - Math.max(...texts.map(text => text.right)),
+            Math.min(...texts.map(text => text.left)) - button.left];
+    })""")
+    cells, pictures, *inside = np.array(boxes).T
+    np.testing.assert_allclose(pictures - cells, pictures[0] - cells[0], atol=0.5)
+    assert np.min(inside) >= 0
+    rows = page.execute_script(
+        "return [...document.querySelectorAll('#matrix tr')].map(row => row.offsetHeight)"
+    )
+    assert max(rows[1:]) < 50
+    assert rows[0] < 180
+    find(page, "#gallery button").click()
+    for _ in range(5):
+        assert page.execute_script(
+            "return detail.scrollTop === 0 && detail.scrollWidth <= detail.clientWidth"
+        )
+        in_view = """const box = document.activeElement.getBoundingClientRect();
+            return box.top >= 0 && box.bottom <= innerHeight && document.activeElement.id"""
+        assert page.execute_script(in_view) == "next"
+        press(page, Keys.ENTER)
+    find(page, "#close").click()
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@large_page
+def test_charts_speak_and_their_numbers_are_reached_by_the_keyboard(page):
+    tree = page.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    said = [node["name"]["value"] for node in tree if node["role"]["value"] == "image"]
+    charts = page.find_elements(By.CSS_SELECTOR, ".charts svg")
+    spoken = [text for text in said if "epoch" in text or "probability" in text]
+    assert len(spoken) == len(charts) == 3
+    page.execute_script("document.querySelector('.charts summary').focus()")
+    for i, figure in enumerate(page.find_elements(By.CSS_SELECTOR, ".charts figure")):
+        table = figure.find_element(By.TAG_NAME, "table")
+        assert not table.is_displayed()
+        press(page, Keys.ENTER)
+        assert table.is_displayed()
+        first = table.find_elements(By.CSS_SELECTOR, "tbody tr:first-child td")[1].text
+        assert first in charts[i].get_attribute("aria-label")
+        press(page, Keys.TAB)  # into the table, which may scroll
+        assert focused(page, "className") == "wide numbers"
+        press(page, Keys.TAB)
+    assert focused(page, "dataset.true") == "0"
+
+
+@large_page
+def test_the_legend_lies_over_no_line(page):
+    legend, axes = find(page, "#calibration-legend_1"), find(page, "#calibration-patch_2")
+    assert legend.rect["y"] + legend.rect["height"] <= axes.rect["y"] + 1
+
+
+@large_page
+def test_the_window_of_a_cell_has_the_scales_of_its_maps(page):
+    find(page, "#gallery button").click()
+    captions = [one.text.split("\n") for one in page.find_elements(By.CSS_SELECTOR, "#detail figcaption")]
+    assert captions == [
+        ["image"],
+        ["coarse attention", "low to high"],
+        ["chosen pixels"],
+        ["fine attention", "low to high"],
+        ["signed contribution", "− to +"],
+    ]
+    find(page, "#close").click()
+
+
+@large_page
+def test_paper_has_what_it_needs_and_no_instructions(page):
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    set_size(page, 720, 1000)
+    caption = find(page, "#matrix caption")
+    assert caption.text == "True class down, predicted class across."
+    assert not any(
+        one.is_displayed() for one in page.find_elements(By.CSS_SELECTOR, ".screen, fieldset, summary")
+    )
+    assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
 @hostile_page
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_from_the_page_and_nothing_is_wider_than_a_telephone(page, scheme):
@@ -281,8 +441,7 @@ def test_text_stands_out_from_the_page_and_nothing_is_wider_than_a_telephone(pag
     page.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     )
-    size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    set_size(page, 400, 800)
     luminance = """const element = document.querySelector(arguments[1] ?? "body");
         const color = getComputedStyle(element)[arguments[0]] ||
             getComputedStyle(document.documentElement).getPropertyValue(arguments[0]);

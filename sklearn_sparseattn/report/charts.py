@@ -1,11 +1,11 @@
-"""Charts of a report, as SVG that takes its colours from the page. Only fixed texts are drawn.
+"""Charts of a report, as SVG in the colours of the page, and as numbers. Only fixed texts are drawn.
 
 matplotlib knows no CSS: colours stand in the figure for the page's variables and are exchanged afterwards.
 """
 
 import io
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,28 @@ _INK, _GRID, _FIRST, _SECOND = "#010203", "#010204", "#010205", "#010206"
 _VARIABLES = {_INK: "--ink", _GRID: "--line", _FIRST: "--first", _SECOND: "--second"}
 
 
-def calibration_chart(bins: list[Bin]) -> str:
+class Chart(NamedTuple):
+    """A chart, and what it says for those who do not see it.
+
+    Attributes
+    ----------
+    title : str
+        What it shows.
+    svg : str
+        An svg element, with a sentence that takes its place.
+    head : list of str
+        Of the columns of its table.
+    rows : list of list of str
+        The numbers that are drawn.
+    """
+
+    title: str
+    svg: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def calibration_chart(bins: list[Bin]) -> Chart:
     """Reliability diagram: share of right answers by confidence, with 95 % intervals.
 
     Parameters
@@ -25,8 +46,8 @@ def calibration_chart(bins: list[Bin]) -> str:
 
     Returns
     -------
-    str
-        An svg element.
+    Chart
+        A row of the table for each bin.
     """
     figure, axes = _new_axes("probability given by the model, %", "right, %")
     x = [100 * one.confidence for one in bins]
@@ -36,11 +57,22 @@ def calibration_chart(bins: list[Bin]) -> str:
         x, value, yerr=[value - low, high - value], color=_FIRST, marker="o", markersize=5, label="this model"
     )
     axes.set(xlim=(0, 103), ylim=(0, 103), aspect="equal")
-    return _svg(figure, axes, "calibration")
+    numbers = 100 * np.array([(one.confidence, *one.right) for one in bins])
+    rows = [
+        [f"{sure:.1f}", f"{share:.1f}", f"{least:.1f} to {most:.1f}", f"{one.n:,}"]
+        for one, (sure, share, least, most) in zip(bins, numbers, strict=True)
+    ]
+    said = "; ".join(f"{right} % at a probability of {sure} %" for sure, right, *_ in rows)
+    return Chart(
+        "Is it as sure as it is right?",
+        _svg(figure, axes, "calibration", f"Share of right answers by the probability given: {said}."),
+        ["probability, %", "right, %", "95 % interval", "cells"],
+        rows,
+    )
 
 
-def training_charts(history: Mapping[str, np.ndarray], n_pixels: int) -> dict[str, str]:
-    """Focal loss, k and validation accuracy by epoch.
+def training_charts(history: Mapping[str, np.ndarray], n_pixels: int) -> list[Chart]:
+    """Loss of the classification, k and validation accuracy by epoch.
 
     Parameters
     ----------
@@ -51,40 +83,58 @@ def training_charts(history: Mapping[str, np.ndarray], n_pixels: int) -> dict[st
 
     Returns
     -------
-    dict of str
-        What a chart shows -> an svg element.
+    list of Chart
+        A row of their tables for each epoch.
     """
     # Validation rows have no other term of the loss.
     losses = {"training": "focal_loss", "validation": "valid_loss"}
-    lines = {
-        "Focal loss": {label: history[key] for label, key in losses.items() if key in history},
-        "Chosen pixels, % of the image": {"": 100 * np.asarray(history["k"]) / n_pixels},
-    }
+    loss = {label: np.asarray(history[key]) for label, key in losses.items() if key in history}
+    k = {"chosen, %": 100 * np.asarray(history["k"]) / n_pixels}
+    epochs = np.asarray(history["epoch"])
+    drawn = [
+        # Cross-entropy, unless focal_gamma makes it the focal loss.
+        _line_chart("Classification loss", "loss", epochs, loss, ".3g"),
+        _line_chart("Chosen pixels, % of the image", "k", epochs, k, ".1f"),
+    ]
     if "valid_score" in history:
-        lines["Accuracy on validation images, %"] = {"": 100 * np.asarray(history["valid_score"])}
-    return {
-        title: _line_chart(history["epoch"], series, f"training{i}")
-        for i, (title, series) in enumerate(lines.items())
-    }
+        score = {"accuracy, %": 100 * np.asarray(history["valid_score"])}
+        title = "Accuracy on validation images, %"
+        drawn.append(_line_chart(title, "score", epochs, score, ".1f", top=103))
+    return drawn
 
 
-def _line_chart(epochs: np.ndarray, series: Mapping[str, np.ndarray], name: str) -> str:
-    """Lines over the epochs, from 0 up."""
+def _line_chart(
+    title: str,
+    name: str,
+    epochs: np.ndarray,
+    series: Mapping[str, np.ndarray],
+    form: str,
+    top: float | None = None,
+) -> Chart:
+    """Lines over the epochs, from 0 up; their numbers are written in the given form."""
     figure, axes = _new_axes("epoch", "")
     # A single epoch is a point, not a line.
     marker = "o" if len(epochs) < 5 else ""
     for (label, values), colour in zip(series.items(), (_FIRST, _SECOND), strict=False):
         axes.plot(epochs, values, color=colour, marker=marker, label=label)
-    axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    return _svg(figure, axes, name)
+    most = max(values[np.isfinite(values)].max(initial=0) for values in series.values())
+    axes.set_ylim(0, top or 1.05 * most or 1)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    rows = [
+        [f"{epoch:.0f}", *(format(value, form) for value in values)]
+        for epoch, *values in zip(epochs, *series.values(), strict=True)
+    ]
+    labels = [f"{label} " for label in series] if len(series) > 1 else [""]
+    ends = zip(labels, rows[0][1:], rows[-1][1:], strict=True)
+    said = "; ".join(f"{label}{first} in the first epoch, {last} in the last" for label, first, last in ends)
+    return Chart(title, _svg(figure, axes, name, f"{title}, by epoch: {said}."), ["epoch", *series], rows)
 
 
 def _new_axes(x_label: str, y_label: str) -> tuple[Any, Any]:
     """Figure and axes in the page's colours; pyplot and its settings have no part in it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4, 3), layout="constrained")
+    figure = Figure(figsize=(3.4, 2.7), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(x_label, color=_INK)
     axes.set_ylabel(y_label, color=_INK)
@@ -96,10 +146,11 @@ def _new_axes(x_label: str, y_label: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any, axes: Any, name: str) -> str:
-    """Figure as an svg element whose ids begin with `name`: there are several on the page."""
-    if any(axes.get_legend_handles_labels()[1]):
-        axes.legend(frameon=False, labelcolor=_INK)
+def _svg(figure: Any, axes: Any, name: str, said: str) -> str:
+    """Figure as an svg element that says a sentence; its ids begin with `name`, as there are several."""
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        # Over no line, wherever the lines are.
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=_INK)
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)
@@ -109,4 +160,4 @@ def _svg(figure: Any, axes: Any, name: str) -> str:
         svg = svg.replace(colour, f"var({variable})")
     for reference in ('id="', 'href="#', "url(#"):
         svg = svg.replace(reference, f"{reference}{name}-")
-    return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{said}" ', 1)

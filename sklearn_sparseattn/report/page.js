@@ -14,6 +14,9 @@ function make(tag, properties, ...children) {
   return element;
 }
 
+// In its own direction, whatever stands beside it.
+const named = (name) => make("bdi", { textContent: name });
+
 const source = (layer, i) => "data:image/webp;base64," + data.layers[layer][i];
 
 // ---- which cells are shown ----
@@ -36,10 +39,10 @@ function applyFilter() {
     total += matches({ true: i, predicted: j }) ? n : 0;
   }));
   const said = [`${shown.toLocaleString("en")} of ${total.toLocaleString("en")} cells`];
-  if (state.true >= 0) said.push("true: " + data.classes[state.true]);
-  if (state.predicted >= 0) said.push("predicted: " + data.classes[state.predicted]);
-  if (state.verdict !== "all") said.push(state.verdict + " only");
-  byId("status").textContent = said.join(" · ");
+  if (state.true >= 0) said.push(" · true: ", named(data.classes[state.true]));
+  if (state.predicted >= 0) said.push(" · predicted: ", named(data.classes[state.predicted]));
+  if (state.verdict !== "all") said.push(` · ${state.verdict} only`);
+  byId("status").replaceChildren(...said);
   byId("clear").hidden = said.length === 1;
   for (const button of matrix.querySelectorAll("button")) {
     button.setAttribute("aria-pressed", isOn(button));
@@ -185,6 +188,9 @@ const captions = {
   image: "image", coarse: "coarse attention", chosen: "chosen pixels", fine: "fine attention",
   contribution: "signed contribution",
 };
+const scales = {
+  coarse: ["viridis", "low to high"], fine: ["viridis", "low to high"], contribution: ["signed", "− to +"],
+};
 
 function layerFigure(layer, i) {
   const base = make("img", { src: pictures[i].querySelector("img").src, alt: "" });
@@ -193,7 +199,12 @@ function layerFigure(layer, i) {
     base.className = layer === "fine" ? "faint" : "under";
     picture.append(make("img", { src: source(layer, i), className: "over", alt: "" }));
   }
-  return make("figure", {}, picture, make("figcaption", { textContent: captions[layer] }));
+  const caption = make("figcaption", {}, captions[layer]);
+  if (scales[layer]) {
+    const [ramp, meaning] = scales[layer];
+    caption.append(make("span", { className: "scale" }, make("span", { className: "ramp " + ramp }), meaning));
+  }
+  return make("figure", {}, picture, caption);
 }
 
 function enlarge(item) {
@@ -201,15 +212,15 @@ function enlarge(item) {
   const i = items.indexOf(item);
   const one = data.cells[i];
   byId("detail-title").textContent = one.name;
-  const verdict = one.true === one.predicted ? "right" : "wrong, is " + data.classes[one.true];
-  byId("detail-answer").textContent =
-    `${data.classes[one.predicted]}, ${(100 * one.proba[one.predicted]).toFixed(1)} %: ${verdict}`;
+  const verdict = one.true === one.predicted ? ["right"] : ["wrong, is ", named(data.classes[one.true])];
+  byId("detail-answer").replaceChildren(
+    named(data.classes[one.predicted]), `, ${(100 * one.proba[one.predicted]).toFixed(1)} %: `, ...verdict);
   byId("detail-layers").replaceChildren(...Object.keys(captions).map((layer) => layerFigure(layer, i)));
   const best = one.proba.map((_, c) => c).sort((a, b) => one.proba[b] - one.proba[a]);
   byId("detail-proba").tBodies[0].replaceChildren(...best.slice(0, 10).map((c) => {
     const bar = make("div", { className: "bar" });
     bar.style.width = 100 * one.proba[c] + "%";
-    return make("tr", {}, make("th", { scope: "row", textContent: data.classes[c] }),
+    return make("tr", {}, make("th", { scope: "row", dir: "auto", textContent: data.classes[c] }),
       make("td", { textContent: (100 * one.proba[c]).toFixed(1) }), make("td", {}, bar));
   }));
   const list = visible();

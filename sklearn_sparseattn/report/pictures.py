@@ -64,6 +64,7 @@ def draw_cells(estimator: Any, X: Any, rows: np.ndarray) -> Pictures:
         Of 12.5 MB at most together, unless even cells of 16 pixels to a side exceed that.
     """
     height, width, _ = estimator.image_shape_
+    X = X.tocsr() if sparse.issparse(X) else X  # not again for each pass over it
     to_gray = _gray_scale(estimator, X, rows)
     colours = _colours()
     factor = 1
@@ -82,7 +83,6 @@ def _chunks(estimator: Any, X: Any, rows: np.ndarray) -> Iterator[tuple[Any, np.
     """Some rows of X after others, as they are and as images (b, H, W) or (b, H, W, 3)."""
     shape = estimator.image_shape_
     step = max(1, _CHUNK_PIXELS // (shape[0] * shape[1]))
-    X = X.tocsr() if sparse.issparse(X) else X
     for start in range(0, len(rows), step):
         chunk = _safe_indexing(X, rows[start : start + step])
         dense = np.asarray(chunk.toarray() if sparse.issparse(chunk) else chunk).reshape(-1, *shape)

@@ -100,7 +100,7 @@ def write_report(
     rows = rows[np.lexsort((-confidence[rows], (true == predicted)[rows]))]
     classes = _class_names(estimator.classes_, class_names)
     image_names = _image_names(names, rows, len(proba))
-    scores = _scores(true, predicted, confidence, len(classes))
+    scores, bins = _scores(true, predicted, len(classes)), calibration(confidence, true == predicted)
     pictures = draw_cells(estimator, X, rows)
     cells = [
         {
@@ -118,7 +118,8 @@ def write_report(
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         classes=classes,
         model=_model(estimator),
-        training=training_charts(estimator.history_, _n_pixels(estimator)),
+        charts=[calibration_chart(bins), *training_charts(estimator.history_, _n_pixels(estimator))],
+        calibration_error=calibration_error(bins),
         cells=cells,
         pictures=pictures,
         # The images themselves stand in the gallery.
@@ -154,22 +155,16 @@ def _percent(share: float) -> str:
     return "–" if np.isnan(share) else f"{100 * share:.1f}"
 
 
-def _scores(
-    true: np.ndarray, predicted: np.ndarray, confidence: np.ndarray, n_classes: int
-) -> dict[str, Any]:
+def _scores(true: np.ndarray, predicted: np.ndarray, n_classes: int) -> dict[str, Any]:
     """Numbers of the page that need all rows."""
     counts = confusion(true, predicted, n_classes)
     by_class = class_scores(counts)
-    bins = calibration(confidence, true == predicted)
     f1 = [one.f1.value for one in by_class if not np.isnan(one.f1.value)]
     return {
         "counts": counts.tolist(),
         "scores": by_class,
         "accuracy": wilson(int(counts.trace()), len(true)),
         "macro_f1": float(np.mean(f1)),
-        "bins": bins,
-        "calibration_error": calibration_error(bins),
-        "calibration_chart": calibration_chart(bins),
     }
 
 
@@ -229,6 +224,7 @@ def _image_names(names: Any, rows: np.ndarray, n_images: int) -> list[str]:
 
 
 def _short(to_text: Callable[[Any], str], value: Any) -> str:
-    """Text of a value, cut where it is very long."""
+    """Text of a value, cut where it is very long, in quotes where it would not be seen."""
     text = to_text(value)
+    text = text if text.strip() else f'"{text}"'
     return text if len(text) <= _MAX_CHARACTERS else text[: _MAX_CHARACTERS - 1] + "…"
