@@ -241,18 +241,22 @@ def recompute_batch_norm(network: nn.Module, batches: Any, device: torch.device)
             for norm in norms:
                 norm.momentum = 1 / (i + 1)  # the first batch replaces, the rest average
             network(images.to(device))
+        all_constant = False
         for norm in norms:
-            _soften_constants(norm)
+            all_constant = _soften_constants(norm, all_constant)
     finally:
         network.eval()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
 
-def _soften_constants(norm: Any) -> None:
+def _soften_constants(norm: Any, all_constant: bool) -> bool:
     """Set the variance of channels that differ by rounding alone, as those of images without content do.
 
-    Divided by eps alone the last digits of one norm after the other would decide.
+    Divided by eps alone the last digits of one norm after the other would decide. What follows a norm whose
+    channels are `all_constant` is rounding, too. Gives whether those of this one are.
     """
-    mean, variance = norm.running_mean, norm.running_var
-    variance[variance < (_ROUNDING * mean).square()] = 1
+    is_constant = norm.running_var < (_ROUNDING * norm.running_mean.abs().max()).square()
+    is_constant |= all_constant
+    norm.running_var[is_constant] = 1
+    return bool(is_constant.all())
