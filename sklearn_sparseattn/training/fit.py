@@ -19,7 +19,7 @@ from ..network.compiled import keep_threads
 from .batches import Augmentation, Batches, LabelledImages, count_batches
 from .checkpoint import Checkpoint, LastEpoch
 from .dynamic_k import DynamicK
-from .net import LOSS_TERMS, LearningRate, ProgressBar, SparseAttnLoss, SparseAttnTrainer
+from .net import LOSS_TERMS, LearningRate, ProgressBar, SparseAttnLoss, SparseAttnTrainer, keeping_up
 
 # Columns of the history, and what skorch calls them.
 _COLUMNS = {
@@ -181,7 +181,8 @@ def train(
         # They come back as they were; set_params may have changed them since.
         trainer.optimizer_.param_groups[0].update(lr=settings.lr, weight_decay=settings.weight_decay)
         dynamic_k.load_state_dict(state.dynamic_k)
-    with keep_threads():
+    n_batches = count_batches(len(training), settings.batch_size)
+    with keep_threads(), keeping_up(network, n_batches):
         trainer.partial_fit(training, epochs=settings.max_epochs - last.n_epochs_)
 
     finished = [row for row in trainer.history if "lr" in row]  # the last thing written of an epoch
