@@ -181,8 +181,7 @@ def train(
         # They come back as they were; set_params may have changed them since.
         trainer.optimizer_.param_groups[0].update(lr=settings.lr, weight_decay=settings.weight_decay)
         dynamic_k.load_state_dict(state.dynamic_k)
-    n_batches = count_batches(len(training), settings.batch_size)
-    with keep_threads(), keeping_up(network, n_batches):
+    with keep_threads(), keeping_up(network):
         trainer.partial_fit(training, epochs=settings.max_epochs - last.n_epochs_)
 
     finished = [row for row in trainer.history if "lr" in row]  # the last thing written of an epoch

@@ -16,6 +16,7 @@ from .losses import contrastive_loss, distillation_loss, focal_loss
 
 LOSS_TERMS = ("focal_loss", "contrastive_loss", "distillation_loss")
 
+_MOMENTUM = 0.5  # of running statistics in training; after it they are computed anew
 _ROUNDING = 1e-5  # of float32 sums, with a margin
 
 
@@ -218,18 +219,16 @@ class ProgressBar(Callback):
 
 
 @contextmanager
-def keeping_up(network: nn.Module, n_batches: int) -> Iterator[None]:
-    """Let the running statistics of batch norm follow the weights where an epoch has few batches.
+def keeping_up(network: nn.Module) -> Iterator[None]:
+    """Let the running statistics of batch norm follow the weights, for as long as they are trained.
 
-    By them validation rows are scored. At the usual momentum they are the mean of about 20 batches: of many
-    epochs, where an epoch has a few.
+    By them validation rows are scored. At the usual momentum they are those of about 20 batches, in which the
+    weights have moved on so far that for most of a cycle validation knows nothing.
 
     Parameters
     ----------
     network : nn.Module
         To be trained.
-    n_batches : int
-        Of an epoch.
 
     Yields
     ------
@@ -239,7 +238,7 @@ def keeping_up(network: nn.Module, n_batches: int) -> Iterator[None]:
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.momentum = max(norm.momentum or 0.0, min(1.0, 2 / n_batches))
+        norm.momentum = _MOMENTUM
     try:
         yield
     finally:
