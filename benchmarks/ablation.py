@@ -112,11 +112,6 @@ def tokens_without_gate(embedding, context, images, pixels, scores, maps):
     return embedding.hidden(pixel_tokens(images, pixels), context(maps, pixels, images.shape[-1]))
 
 
-def without_margins(network):
-    """Gates are the sigmoid of the score alone: a pixel that has only just been chosen is a jump."""
-    network.form["margins"] = False
-
-
 def changed(change, **params):
     return {"callbacks": [Change(change)], **params}
 
@@ -136,7 +131,6 @@ VARIANTS = {
     "darkest_pixels": changed(partial(choose_by, darkness)),
     "steepest_pixels": changed(partial(choose_by, gradient)),
     "ungated": changed(ungated),
-    "no_margins": changed(without_margins),
     "no_contrastive": {"contrastive_weight": 0.0},
     "no_distillation": {"distillation_weight": 0.0},
     "distillation_as_printed": {"distillation_emphasis": None},

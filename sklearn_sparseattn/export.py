@@ -23,7 +23,6 @@ from .images import ImageShape
 from .inference import is_plain
 from .network import SparseAttnNet
 from .network.fine import EPSILON
-from .network.sparse_attn_net import MARGIN
 from .persistence import plain_labels
 
 _DTYPES = ("uint8", "uint16", "float32")
@@ -233,7 +232,7 @@ def _network(graph: _Graph, network: Any, images: str, shape: ImageShape) -> str
         for features, cells, step, convolution in parts:
             around = _around(graph, features, cells, step, _array(convolution.weight), (rows, columns), shape)
             hidden = graph.add("Add", hidden, around)
-        gates = _gates(graph, network, graph.add("GatherElements", flat, pixels, axis=1))
+        gates = graph.add("Sigmoid", graph.add("GatherElements", flat, pixels, axis=1))
         gates = graph.add("Unsqueeze", gates, graph.whole(-1))
         hidden = graph.add("Mul", graph.add("Relu", hidden), gates)
 
@@ -296,17 +295,6 @@ def _scores(graph: _Graph, coarse: Any, middle: str, size: tuple[int, int], shap
         slope = graph.add("Sub", following, here)
         scores = graph.add("Add", here, graph.add("Mul", graph.constant(part), slope))
     return scores
-
-
-def _gates(graph: _Graph, network: SparseAttnNet, chosen: str) -> str:
-    """Factors (n, k) of the tokens, of the scores of their pixels, see `SparseAttnNet`."""
-    sigmoid = graph.add("Sigmoid", chosen)
-    if not network.form.get("margins"):
-        return sigmoid
-    margin = graph.add("Sub", chosen, graph.add("ReduceMin", chosen, graph.whole(1), keepdims=1))
-    margin = graph.add("Add", margin, graph.constant(MARGIN))
-    mean = graph.add("ReduceMean", margin, graph.whole(1), keepdims=1)
-    return graph.add("Div", graph.add("Mul", sigmoid, margin), graph.add("Add", margin, mean))
 
 
 def _chosen(graph: _Graph, scores: str, k: int) -> str:

@@ -29,7 +29,7 @@ from .fitted import network_arrays, network_of
 from .inference import resolve_device
 from .network import SparseAttnNet
 
-FORMAT_VERSION = 2  # 1: the gates of the tokens knew no margins
+FORMAT_VERSION = 1
 
 _KEY = "sklearn_sparseattn"  # of the JSON text among the metadata
 # The JSON text begins with the checksum; as a string in the header its quotes are escaped.
@@ -331,8 +331,7 @@ def _decode(content: bytes, device: str | torch.device) -> SparseAttnClassifier:
     names = model["feature_names"]
     if names is not None and not (_is_list_of(names, str) and len(names) == n_features):
         raise ValueError(f"feature_names are not {n_features} names.")
-    form = {"margins": False} | model["network"] if version == 1 else model["network"]
-    form = _network_form(form, channels, len(classes), len(content))
+    form = _network_form(model["network"], channels, len(classes), len(content))
     network = _make_network(form, arrays.pop("network"))
     if model["k"] != network.n_chosen(height * width):
         raise ValueError(f"k={model['k']!r} is not that of the network.")
@@ -413,8 +412,6 @@ def _network_form(form: Any, n_channels: int, n_classes: int, n_bytes: int) -> d
     strides = form["strides"]
     if not (_is_list_of(strides, int) and len(strides) == 3 and set(strides) <= {1, 2}):
         raise ValueError(f"the network cannot have the strides {strides!r:.80}.")
-    if type(form["margins"]) is not bool:
-        raise ValueError(f"the network cannot have margins={form['margins']!r:.80}.")
     return {**form, "strides": tuple(strides)}
 
 

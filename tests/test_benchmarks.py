@@ -242,16 +242,9 @@ def test_random_pixels_are_k_others_each_time_and_follow_k(changed_network):
     assert network(IMAGES).pixels.shape == (3, 20)
 
 
-def test_without_margins_the_gate_is_the_sigmoid(changed_network):
-    network = changed_network("no_margins")
-    scores = torch.tensor([[0.3, -2.0, 5.0]])
-    torch.testing.assert_close(network.gates(scores), scores.sigmoid())
-
-
 def test_ungated_is_a_gate_of_one(changed_network):
     network = changed_network("ungated")
     found = network(IMAGES).logits
-    network.form["margins"] = False
     network.coarse.score.bias.data.fill_(100.0)  # sigmoid 1 everywhere, the same pixels
     del network.hidden_tokens
     torch.testing.assert_close(network(IMAGES).logits, found)

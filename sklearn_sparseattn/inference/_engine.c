@@ -32,9 +32,9 @@ typedef struct {
     int32_t height, width, n_channels, k;
     int32_t n_embed, n_pooled, n_classes;           /* as they are */
     int32_t embed_dim, key_dim, hidden_dim, n_logits; /* padded */
-    int32_t n_stages, has_context, has_margins, normalizes;
+    int32_t n_stages, has_context, normalizes;
     int32_t shifts[N_CONTEXT]; /* a cell lies over every 2^shift-th pixel */
-    float key_epsilon, norm_epsilon, margin;
+    float key_epsilon, norm_epsilon;
     Stage stages[N_STAGES];
     const float *bytes;                            /* what the values of a uint8 image are scaled to */
     const float *score;                            /* of the channels of the middle stage, then the bias */
@@ -350,32 +350,10 @@ INLINE void make_some_tokens(const Plan *plan, const Scratch *scratch, int32_t b
     }
 }
 
-/* Factors of the tokens, of the scores of their pixels. */
 INLINE void open_gates(const Plan *plan, const Scratch *scratch) {
-    float *gates = scratch->gates;
     for (int32_t t = 0; t < plan->k; t++)
-        gates[t] = scratch->scores[(size_t)scratch->rows[t] * plan->width + scratch->columns[t]];
-    for (int32_t t = plan->k; t % LANES; t++) gates[t] = gates[0];
-    lanes least = load(gates);
-    for (int32_t t = 0; t < plan->k; t += LANES) least = pick(load(gates + t) < least, load(gates + t), least);
-    float lowest = least[0];
-    for (int l = 1; l < LANES; l++) lowest = least[l] < lowest ? least[l] : lowest;
-    doubles sums = {0};
-    for (int32_t t = 0; t < plan->k; t += LANES) {
-        lanes chosen = load(gates + t);
-        if (t + LANES > plan->k)
-            for (int l = plan->k - t; l < LANES; l++) chosen[l] = lowest; /* adds nothing */
-        sums += __builtin_convertvector(chosen - lowest, doubles);
-    }
-    double total = 0;
-    for (int l = 0; l < LANES; l++) total += sums[l];
-    float mean = total / plan->k + plan->margin;
-    for (int32_t t = 0; t < plan->k; t += LANES) {
-        lanes chosen = load(gates + t), margin = chosen - lowest + plan->margin;
-        lanes gate = sigmoid(chosen);
-        if (plan->has_margins) gate *= margin / (margin + mean);
-        store(gates + t, gate);
-    }
+        scratch->gates[t] = scratch->scores[(size_t)scratch->rows[t] * plan->width + scratch->columns[t]];
+    for (int32_t t = 0; t < plan->k; t += LANES) store(scratch->gates + t, sigmoid(load(scratch->gates + t)));
 }
 
 /* Keys of some tokens, without epsilon; their sums are added to `total`, (key_dim). */

@@ -19,7 +19,6 @@ from ..network import CoarseAttention, FusionClassifier, SparseAttnNet
 from ..network.branch import MOST_PIXELS
 from ..network.compiled import is_stale
 from ..network.fine import EPSILON
-from ..network.sparse_attn_net import MARGIN
 
 PARTS = ("coarse", "selection", "tokens", "head")  # whose time is taken
 
@@ -43,9 +42,9 @@ class _Plan(ctypes.Structure):
         *_fields(ctypes.c_int32, "height", "width", "n_channels", "k"),
         *_fields(ctypes.c_int32, "n_embed", "n_pooled", "n_classes"),
         *_fields(ctypes.c_int32, "embed_dim", "key_dim", "hidden_dim", "n_logits"),
-        *_fields(ctypes.c_int32, "n_stages", "has_context", "has_margins", "normalizes"),
+        *_fields(ctypes.c_int32, "n_stages", "has_context", "normalizes"),
         ("shifts", ctypes.c_int32 * _N_CONTEXT),
-        *_fields(ctypes.c_float, "key_epsilon", "norm_epsilon", "margin"),
+        *_fields(ctypes.c_float, "key_epsilon", "norm_epsilon"),
         ("stages", _Stage * _MOST_STAGES),
         *_fields(ctypes.c_void_p, "bytes", "score", "position"),
         ("context", ctypes.c_void_p * _N_CONTEXT),
@@ -213,8 +212,6 @@ class Engine:
             hidden_dim=_round_up(fusion.out.in_features),
             n_logits=_round_up(fusion.out.out_features),
             has_context=network.context is not None,
-            has_margins=network.form.get("margins", False),
-            margin=MARGIN,
             n_stages=len(_stages(network.coarse)),
             normalizes=isinstance(network.fine_norm, nn.LayerNorm),
         )

@@ -15,8 +15,6 @@ from .fine import FineAttention, PixelEmbedding
 from .fusion import FusionClassifier
 from .selection import pixel_tokens, select_pixel_set
 
-MARGIN = 1e-6  # added to all margins: equal scores have equal gates
-
 
 class SparseAttnOutput(NamedTuple):
     """All that one pass of `SparseAttnNet` gives.
@@ -69,9 +67,6 @@ class SparseAttnNet(nn.Module):
         not mention one.
     variant : {"context", "paper"}, default="context"
         What a token knows, see Notes.
-    margins : bool, default=True
-        With ``variant="context"``, whether gates fall to zero with the margin. In the first model files they
-        do not: :math:`g_j = \sigma(a_j)`.
 
     Raises
     ------
@@ -95,23 +90,14 @@ class SparseAttnNet(nn.Module):
     whole image, go straight to the answer: that can do without the tokens, and does. With
     ``variant="context"`` the coarse network ends after two stages, the second is pooled, and the next
     convolution is made where pixels were chosen, nowhere else. With :math:`(U_s * c_s)_j` a 3x3 convolution
-    of the features of stage s at the cell of pixel j, and :math:`g_j` the pixel's gate,
+    of the features of stage s at the cell of pixel j, and :math:`a_j` the pixel's score,
 
     .. math::
-        E_j = W_2 \left[g_j\, \mathrm{relu}\Big(W_1 (x, y, v)_j + b_1
+        E_j = W_2 \left[\sigma(a_j)\, \mathrm{relu}\Big(W_1 (x, y, v)_j + b_1
         + \textstyle\sum_s (U_s * c_s)_j\Big)\right] + b_2 .
 
-    With :math:`a_j` the pixel's score and :math:`m_j` its margin over the lowest that was chosen,
-
-    .. math::
-        g_j = \sigma(a_j) \frac{m_j}{m_j + \bar m}, \quad m_j = a_j - \min_i a_i + \epsilon .
-
-    The gate lets the loss of the answer teach the scores, where in the paper the distillation alone does. And
-    the answer is a continuous function of the image: a pixel that has only just been chosen has no weight.
-
-    Hooks are called on the layers, but not on `coarse`, `embedding` and `fine`, of which other methods than
-    `forward` are called, nor on ``embedding.out`` and the convolutions of `context`, whose weights are folded
-    or used by themselves.
+    The factor :math:`\sigma(a_j)` lets the loss of the answer teach the scores; in the paper the distillation
+    alone does.
 
     References
     ----------
@@ -142,7 +128,6 @@ class SparseAttnNet(nn.Module):
         strides: tuple[int, int, int] = (2, 2, 2),
         normalize_fine: bool = True,
         variant: str = "context",
-        margins: bool = True,
     ) -> None:
         super().__init__()
         if variant not in ("context", "paper"):
@@ -156,7 +141,6 @@ class SparseAttnNet(nn.Module):
             "strides": strides,
             "normalize_fine": normalize_fine,
             "variant": variant,
-            "margins": margins,
         }
         self.compiled = True
         channels = (8, 16) if variant == "context" else (8, 16, 24)
@@ -232,7 +216,7 @@ class SparseAttnNet(nn.Module):
         compiled = self.compiled and len(images) > 0 and is_compiled(images, maps, *widths)
         if self.context is None or not compiled or has_hooks(self.context, self.embedding.first):
             return fine.attend(self.hidden_tokens(images, pixels, scores, maps), out)
-        gates = self.gates(scores.flatten(1).gather(1, pixels))
+        gates = scores.flatten(1).gather(1, pixels).sigmoid()
         first = self.embedding.first
         kernels = [layer.weight for layer in self.context.convolve]
         weights = (*kernels, first.weight, first.bias, *fine.fold(out))
@@ -266,27 +250,9 @@ class SparseAttnNet(nn.Module):
         tokens = pixel_tokens(images, pixels)
         if self.context is None:
             return self.embedding.hidden(tokens)
-        gate = self.gates(scores.flatten(1).gather(1, pixels))
+        gate = scores.flatten(1).gather(1, pixels).sigmoid()
         context = self.context(maps, pixels, images.shape[-1])
         return self.embedding.hidden(tokens, context) * gate.unsqueeze(-1)
-
-    def gates(self, chosen: Tensor) -> Tensor:
-        """Factors of the tokens.
-
-        Parameters
-        ----------
-        chosen : Tensor of shape (B, k)
-            Scores of the chosen pixels.
-
-        Returns
-        -------
-        Tensor of shape (B, k)
-            From 0 to 1, see Notes.
-        """
-        if not self.form.get("margins"):
-            return chosen.sigmoid()
-        margin = chosen - chosen.amin(1, keepdim=True) + MARGIN
-        return chosen.sigmoid() * margin / (margin + margin.mean(1, keepdim=True))
 
     def n_chosen(self, n_pixels: int) -> int:
         """Pixels chosen of an image that has `n_pixels`.

@@ -48,7 +48,6 @@ class Reference:
     def __init__(self, net, strides):
         self.w = {name: value.numpy().astype(float) for name, value in net.state_dict().items()}
         self.n_heads = net.fine.n_heads
-        self.with_margins = net.form["margins"]
         self.strides = strides
         self.with_context = net.context is not None
 
@@ -90,11 +89,7 @@ class Reference:
         hidden = tokens @ self.w["embedding.first.weight"].T + self.w["embedding.first.bias"]
         gate = 1.0
         if self.with_context:
-            chosen = scores[i, j]
-            gate = 1 / (1 + np.exp(-chosen))[:, None]
-            if self.with_margins:
-                margin = chosen[:, None] - chosen.min() + 1e-6
-                gate *= margin / (margin + margin.mean())
+            gate = 1 / (1 + np.exp(-scores[i, j]))[:, None]
             for s, (cells, step) in enumerate(maps):
                 row = np.minimum(np.floor(i / step + 0.5).astype(int), len(cells) - 1)
                 column = np.minimum(np.floor(j / step + 0.5).astype(int), len(cells[0]) - 1)
@@ -154,7 +149,6 @@ class Reference:
         (3, 40, 26, 155.4, {"embed_dim": 7, "n_heads": 3, "hidden_dim": 11}),
         (1, 16, 16, 1e9, {"strides": (1, 2, 2), "normalize_fine": False}),
         (3, 9, 8, 20, {"strides": (1, 1, 2), "embed_dim": 5, "n_heads": 5}),
-        (2, 19, 12, 30, {"margins": False}),
     ],
 )
 def test_forward_pass_is_the_reference(n_channels, height, width, k, options, variant):
@@ -227,30 +221,6 @@ def test_the_answer_moves_with_the_level_of_the_scores_through_the_gate_alone(va
     else:
         assert measured.abs() > 1e-4
         torch.testing.assert_close(slope[0], measured, rtol=1e-6, atol=1e-9)
-
-
-@pytest.mark.parametrize("margins", [True, False])
-def test_with_margins_another_choice_is_no_jump(margins):
-    """From image to image, up to where other pixels are chosen: there the answer goes on, or jumps."""
-    net = make_net(k=40, margins=margins)
-    one, other = random_images(2, 1, 24, 24)
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        images = torch.stack([one + t * (other - one) for t in (low, middle, high)])
-        outputs = net(images)
-        low, high = (low, middle) if not outputs.pixels[0].equal(outputs.pixels[1]) else (middle, high)
-    before, after = net(torch.stack([one + t * (other - one) for t in (low, high)])).logits
-    assert high - low < 1e-14
-    assert not net(images[[0, 2]]).pixels[0].equal(net(images[[0, 2]]).pixels[1])
-    jump = (after - before).abs().max()
-    assert jump < 1e-7 if margins else jump > 1e-5
-
-
-def test_equal_scores_have_equal_gates():
-    net = make_net()
-    for chosen in (torch.full((2, 5), 0.7), torch.full((2, 1), 0.7)):
-        torch.testing.assert_close(net.gates(chosen), chosen.sigmoid() / 2)
 
 
 class FixedCoarse(nn.Module):
