@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from demo import keep_fringes
 from matplotlib import pyplot as plt
 from PIL import Image
 
@@ -19,15 +20,6 @@ from sklearn_sparseattn import AttentionDisplay, MeanAttentionDisplay, SparseAtt
 from sklearn_sparseattn.datasets import make_cells
 
 MODALITIES = ["opd", "hologram", "event", "brightfield"]
-
-
-def keep_fringes(images, rng):
-    """Mirror at the diagonal, turn by half: a quarter turn would slant a hologram's fringes the other way."""
-    images = images.copy()
-    mirrored, turned = rng.random((2, len(images))) < 0.5
-    images[mirrored] = images[mirrored].swapaxes(2, 3)
-    images[turned] = images[turned, :, ::-1, ::-1]
-    return images
 
 
 def save(display, file, dpi=80):

@@ -104,7 +104,7 @@ static size_t lay_out(const Plan *plan, Scratch *scratch, char *memory) {
     scratch->candidates = take_floats(&used, memory, n_pixels + LANES);
     for (int m = 0; m < N_CONTEXT; m++) {
         const Map *map = &scratch->maps[m];
-        int32_t fit = BAND / (map->columns * plan->embed_dim); /* whole maps if they are small */
+        int64_t fit = BAND / ((int64_t)map->columns * plan->embed_dim); /* whole maps if they are small */
         scratch->band_rows[m] = fit < 1 ? 1 : fit < map->rows ? fit : map->rows;
         size_t n = plan->has_context ? (size_t)scratch->band_rows[m] * map->columns : 0;
         scratch->context[m] = take_floats(&used, memory, n * plan->embed_dim);
