@@ -24,11 +24,18 @@ def resolve_target(path: str | os.PathLike[str]) -> Path:
     ------
     ValueError
         If a folder or a device is there.
+    FileNotFoundError
+        If the folder of the file is missing.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"path={str(path)!r} is there and no file: give the path of a file.")
-    return path.resolve()
+    target = path.resolve()
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"path={str(path)!r} cannot be written: there is no folder {str(target.parent)!r}."
+        )
+    return target
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:

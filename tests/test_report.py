@@ -480,6 +480,22 @@ def test_errors_name_what_is_wrong_and_leave_the_old_file(fitted, tmp_path, chan
     assert len(Page(file).data["cells"]) == 1
 
 
+def test_the_file_behind_a_link_is_replaced_and_a_missing_folder_is_named_at_once(
+    fitted, tmp_path, monkeypatch
+):
+    clf, X, y = fitted
+    file, link = tmp_path / "report.html", tmp_path / "link.html"
+    link.symlink_to(file)
+    write_report(clf, X, y, link, max_images=1)
+    assert link.is_symlink()
+    assert len(Page(file).data["cells"]) == 1
+    monkeypatch.setattr(SparseAttnClassifier, "predict_proba", None)  # no work before it
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
+        write_report(clf, X, y, tmp_path / "nowhere" / "report.html")
+    with pytest.raises(ValueError, match="is there and no file"):
+        write_report(clf, X, y, tmp_path)
+
+
 def test_an_estimator_that_is_not_fitted_is_refused(tmp_path):
     with pytest.raises(NotFittedError):
         write_report(SparseAttnClassifier(), *make_images(), tmp_path / "report.html")

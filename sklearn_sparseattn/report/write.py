@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from sklearn.utils import check_consistent_length, check_scalar, column_or_1d
 
-from ..files import write_whole
+from ..files import resolve_target, write_whole
 from .charts import calibration_chart, training_charts
 from .pictures import draw_cells
 from .scores import calibration, calibration_error, class_scores, confusion, most_telling, wilson
@@ -63,8 +63,8 @@ def write_report(
     ImportError
         If Jinja2 or matplotlib is not installed.
     ValueError
-        If y has a label that the estimator does not know, lengths differ, `max_images` is below 1, or X
-        does not fit the training images.
+        If y has a label that the estimator does not know, lengths differ, `max_images` is below 1, X
+        does not fit the training images, or `path` is a folder.
     NotFittedError
         Before `fit`.
     OSError
@@ -88,6 +88,7 @@ def write_report(
     ...     print((Path(folder) / "report.html").read_text(encoding="utf-8")[:15])
     <!doctype html>
     """
+    path = resolve_target(path)
     template = _template()
     check_scalar(max_images, "max_images", Integral, min_val=1)
     proba = estimator.predict_proba(X)
