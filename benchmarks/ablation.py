@@ -24,10 +24,11 @@ from torch import nn
 
 from sklearn_sparseattn.network import pixel_tokens, select_pixel_set
 from sklearn_sparseattn.network.coarse import CoarseLook
+from sklearn_sparseattn.network.selection import turns
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "ablation.json", HERE / "README.md"
-DATA = ("pbc5", "event", "tcell")
+DATA = ("pbc5", "jurkat", "event", "tcell")
 
 
 # ---- controls: what replaces a part of the network ----
@@ -75,6 +76,7 @@ def fine_only(network):
 
 def choose_by(rank, network):
     """Choose the pixels of the highest `rank` (images -> (B, H, W)) instead of those of the highest score."""
+    without("margin", network)  # above the ranks of others: of no meaning here
     network.choose = partial(chosen_by, rank, network.k)
 
 
@@ -85,6 +87,13 @@ def chosen_by(rank, k, images, scores):
 
 def at_random(images):
     return torch.rand(images.shape[0], *images.shape[2:], device=images.device)
+
+
+def evenly(images):
+    """Pixels that lie evenly over the image: as scores that are all alike are spread."""
+    height, width = images.shape[2:]
+    tile = torch.from_numpy(-turns(4)).to(images)
+    return tile.repeat(-(-height // 4), -(-width // 4))[:height, :width].expand(len(images), -1, -1)
 
 
 def brightness(images):
@@ -101,6 +110,10 @@ def gradient(images):
     down = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
     right = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
     return down.square() + right.square()
+
+
+def without(name, network):
+    network.form = network.form | {name: 0.0}
 
 
 def ungated(network):
@@ -127,9 +140,12 @@ VARIANTS = {
     "fine_only": changed(fine_only),
     "paper_form": {"variant": "paper"},
     "random_pixels": changed(partial(choose_by, at_random)),
+    "even_pixels": changed(partial(choose_by, evenly)),
     "brightest_pixels": changed(partial(choose_by, brightness)),
     "darkest_pixels": changed(partial(choose_by, darkness)),
     "steepest_pixels": changed(partial(choose_by, gradient)),
+    "not_spread": changed(partial(without, "spread")),
+    "no_margin": changed(partial(without, "margin")),
     "ungated": changed(ungated),
     "no_contrastive": {"contrastive_weight": 0.0},
     "no_distillation": {"distillation_weight": 0.0},
@@ -196,7 +212,7 @@ def main(arguments=None):
     )
     parser.add_argument("--variants", type=names_of(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--data", type=names_of(data_sets.DATA_SETS), default=list(DATA))
-    parser.add_argument("--seeds", type=int, default=5, help="how many splits of each data set, at most 5")
+    parser.add_argument("--seeds", type=int, default=5, help="how many splits of each data set, at most 15")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--tables", action="store_true", help="measure nothing")
     options = parser.parse_args(arguments)

@@ -108,7 +108,8 @@ def multiply_adds(clf, images):
             pixels = engine.run(chunk, maps=True)["pixels"]
             for convolution, step, size in zip(network.context.convolve, coarse.steps, sizes, strict=False):
                 n_cells = n_distinct_cells(pixels, width, step, *size)
-                counts["tokens"] += n_cells * convolution.weight.numel() / len(images)
+                n_weights = sum(weight.numel() for weight in convolution.parameters())
+                counts["tokens"] += n_cells * n_weights / len(images)
     counts["tokens"] += k * embedding.first.weight.numel()  # position and values of each token
     counts["tokens"] += k * fine.key.weight.numel()  # its keys
     counts["tokens"] += k * fine.key.out_features  # its weight in the answer, from the keys

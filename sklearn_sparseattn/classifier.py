@@ -52,7 +52,8 @@ class SparseAttnClassifier(FittedNetwork):
     k_update : {"epoch", "batch"}, default="epoch"
         Move k once an epoch or after every batch. The default steps are meant for epochs.
     variant : {"context", "paper"}, default="context"
-        What a token knows: position and values of its pixel, with "context" also the coarse features there.
+        What a token knows: position and values of its pixel, with "context" also the coarse features there;
+        and which pixels are chosen: the k highest scores, with "context" not all next to each other.
     embed_dim, n_heads : int, default=32, 2
         Length D of a token, and heads of the fine attention, at most D.
     hidden_dim : int, default=128

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
@@ -214,7 +215,9 @@ def _network(graph: _Graph, network: Any, images: str, shape: ImageShape) -> str
     maps, sizes = _coarse_maps(graph, coarse, above, shape)
     scores = _scores(graph, coarse, maps[1], sizes[1], shape)
     flat = graph.add("Reshape", scores, graph.whole(-1, n_pixels))
-    pixels = _chosen(graph, flat, network.n_chosen(n_pixels))
+    spread = _array(network.ranks(torch.zeros(1, height, width))).reshape(1, -1)
+    ranks = graph.add("Add", flat, graph.constant(spread))
+    is_chosen, pixels = _chosen(graph, ranks, network.n_chosen(n_pixels))
     rows = graph.add("Div", pixels, graph.whole(width))
     columns = graph.add("Sub", pixels, graph.add("Mul", rows, graph.whole(width)))
     places = [
@@ -228,12 +231,14 @@ def _network(graph: _Graph, network: Any, images: str, shape: ImageShape) -> str
     if network.context is None:
         hidden = graph.add("Relu", hidden)
     else:
-        parts = zip(maps, sizes, coarse.steps, network.context.convolve, strict=True)
-        for features, cells, step, convolution in parts:
-            around = _around(graph, features, cells, step, _array(convolution.weight), (rows, columns), shape)
+        parts = zip(maps, sizes, coarse.steps, network.context.kernels(), strict=True)
+        for features, cells, step, kernel in parts:
+            around = _around(graph, features, cells, step, _array(kernel), (rows, columns), shape)
             hidden = graph.add("Add", hidden, around)
-        gates = graph.add("Sigmoid", graph.add("GatherElements", flat, pixels, axis=1))
-        gates = graph.add("Unsqueeze", gates, graph.whole(-1))
+        gates = graph.add("Sigmoid", flat)
+        if network.form["margin"] and network.n_chosen(n_pixels) < n_pixels:
+            gates = graph.add("Mul", gates, _open_parts(graph, ranks, is_chosen, network.form["margin"]))
+        gates = graph.add("Unsqueeze", graph.add("GatherElements", gates, pixels, axis=1), graph.whole(-1))
         hidden = graph.add("Mul", graph.add("Relu", hidden), gates)
 
     pooled = _pooled(graph, maps[-1], sizes[-1][1])
@@ -297,8 +302,16 @@ def _scores(graph: _Graph, coarse: Any, middle: str, size: tuple[int, int], shap
     return scores
 
 
-def _chosen(graph: _Graph, scores: str, k: int) -> str:
-    """Of scores (n, N) the k highest, of equal ones the first; ascending indices (n, k).
+def _open_parts(graph: _Graph, ranks: str, is_chosen: str, margin: float) -> str:
+    """How far gates (n, N) are open: by how far above those not chosen, see `SparseAttnNet`."""
+    others = graph.add("Where", is_chosen, graph.constant(-3e38), ranks)
+    above = graph.add("Sub", ranks, graph.add("ReduceMax", others, graph.whole(1), keepdims=1))
+    above = graph.add("Div", above, graph.constant(margin))
+    return graph.add("Clip", above, graph.constant(0), graph.constant(1))
+
+
+def _chosen(graph: _Graph, scores: str, k: int) -> tuple[str, str]:
+    """Of ranks (n, N) the k highest, of equal ones the first: who they are, and ascending indices (n, k).
 
     As `select_pixel_set` does it: the indices that TopK gives are not in this order in all runtimes.
     """
@@ -310,9 +323,10 @@ def _chosen(graph: _Graph, scores: str, k: int) -> str:
     room = graph.add("Sub", graph.whole(k), _sum(graph, graph.add("Cast", above, **whole)))
     order = graph.add("CumSum", graph.add("Cast", tied, **whole), graph.constant(1, np.int64))
     first = graph.add("And", tied, graph.add("LessOrEqual", order, room))
-    indices = graph.add("NonZero", graph.add("Or", above, first))
+    is_chosen = graph.add("Or", above, first)
+    indices = graph.add("NonZero", is_chosen)
     pixels = graph.add("Gather", indices, graph.constant(1, np.int64), axis=0)
-    return graph.add("Reshape", pixels, graph.whole(-1, k))
+    return is_chosen, graph.add("Reshape", pixels, graph.whole(-1, k))
 
 
 def _around(

@@ -29,6 +29,9 @@ from .inference import (
 )
 from .network import SparseAttnNet, SparseAttnOutput
 
+# What networks were that were kept before they had these parameters.
+_FIRST_FORM: dict[str, Any] = {"separable": False, "spread": 0.0, "margin": 0.0}
+
 
 def all_or_nothing(fit: Callable) -> Callable:
     """Let a fit that fails leave the estimator as it was, and fit whatever PyTorch's grad mode is outside.
@@ -95,7 +98,7 @@ def network_of(form: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Spa
         If the arrays are not those of such a network.
     """
     with torch.device("meta"):  # where nothing is drawn, and nothing takes memory
-        network = SparseAttnNet(k=1, **form)
+        network = SparseAttnNet(k=1, **_FIRST_FORM | dict(form))
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
     expected, found = (
         {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}

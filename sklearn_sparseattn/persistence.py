@@ -29,7 +29,7 @@ from .fitted import network_arrays, network_of
 from .inference import resolve_device
 from .network import SparseAttnNet
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: networks without spread and margin
 
 _KEY = "sklearn_sparseattn"  # of the JSON text among the metadata
 # The JSON text begins with the checksum; as a string in the header its quotes are escaped.
@@ -412,6 +412,9 @@ def _network_form(form: Any, n_channels: int, n_classes: int, n_bytes: int) -> d
     strides = form["strides"]
     if not (_is_list_of(strides, int) and len(strides) == 3 and set(strides) <= {1, 2}):
         raise ValueError(f"the network cannot have the strides {strides!r:.80}.")
+    kinds = {"separable": bool, "spread": float, "margin": float}  # not in the first files
+    if wrong := [name for name, kind in kinds.items() if name in form and type(form[name]) is not kind]:
+        raise ValueError(f"the network cannot have {wrong[0]}={form[wrong[0]]!r:.80}.")
     return {**form, "strides": tuple(strides)}
 
 

@@ -88,13 +88,13 @@ def test_splits_of_generated_cells(few_cells, name):
     assert len(images) == len(target)
     assert 20 <= len(target) - n_split < 20 + len(few_cells.COUNTS[name])  # a class may be rounded up
     assert len(np.unique(images[n_split:], axis=0)) == len(target) - n_split
-    assert [split for split, _, _ in splits] == [f"seed{i}" for i in range(5)]
+    assert [split for split, _, _ in splits] == [f"seed{i}" for i in range(15)]
     for _, train, test in splits:
         np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(len(target)))
         assert len(test) == pytest.approx(0.2 * n_split + len(target) - n_split, abs=1)
         assert set(test) >= set(range(n_split, len(target)))
         assert set(target[test]) == set(target[train]) == set(range(len(few_cells.COUNTS[name])))
-    assert len({tuple(test) for _, _, test in splits}) == 5
+    assert len({tuple(test) for _, _, test in splits}) == 15
 
 
 def test_calibration_error(load_benchmark):
@@ -231,6 +231,22 @@ def test_gradient_is_that_of_central_differences(load_benchmark):
     np.testing.assert_allclose(found, 4 * (down**2 + right**2)[1:-1, 1:-1], rtol=1e-5, atol=1e-6)
 
 
+def test_even_pixels_are_those_of_a_grid(changed_network):
+    rows, columns = np.divmod(changed_network("even_pixels")(IMAGES).pixels.numpy(), 20)
+    assert not (rows % 4).any()  # 20 of the 30 cells, each with its first pixel
+    assert not (columns % 4).any()
+    assert len(rows[0]) == 20
+
+
+@pytest.mark.parametrize(("name", "parameter"), [("not_spread", "spread"), ("no_margin", "margin")])
+def test_form_that_is_changed(changed_network, name, parameter):
+    network = changed_network(name)
+    assert network.form[parameter] == 0
+    before = network(IMAGES).logits
+    network.form[parameter] = 1.0
+    assert not torch.equal(network(IMAGES).logits, before)
+
+
 def test_random_pixels_are_k_others_each_time_and_follow_k(changed_network):
     network = changed_network("random_pixels")
     first, second = network(IMAGES).pixels, network(IMAGES).pixels
@@ -245,6 +261,7 @@ def test_random_pixels_are_k_others_each_time_and_follow_k(changed_network):
 def test_ungated_is_a_gate_of_one(changed_network):
     network = changed_network("ungated")
     found = network(IMAGES).logits
+    network.form["margin"] = 0.0
     network.coarse.score.bias.data.fill_(100.0)  # sigmoid 1 everywhere, the same pixels
     del network.hidden_tokens
     torch.testing.assert_close(network(IMAGES).logits, found)

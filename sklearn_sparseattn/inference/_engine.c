@@ -34,12 +34,15 @@ typedef struct {
     int32_t embed_dim, key_dim, hidden_dim, n_logits; /* padded */
     int32_t n_stages, has_context, normalizes;
     int32_t shifts[N_CONTEXT]; /* a cell lies over every 2^shift-th pixel */
-    float key_epsilon, norm_epsilon;
+    float key_epsilon, norm_epsilon, margin;
     Stage stages[N_STAGES];
     const float *bytes;                            /* what the values of a uint8 image are scaled to */
     const float *score;                            /* of the channels of the middle stage, then the bias */
     const float *position;                         /* (2 + n_channels, embed_dim), then the bias */
-    const float *context[N_CONTEXT];               /* 3x3 convolutions to embed_dim */
+    const float *depthwise[N_CONTEXT];             /* 3x3 convolutions of each channel by itself; or NULL: then */
+    const float *context[N_CONTEXT];               /* 3x3 convolutions to embed_dim, otherwise 1x1 */
+    const float *turns;                            /* what each row of pixels over a cell loses in rank, LANES of
+                                                      them for each, again and again; or NULL */
     const float *zeros;                            /* (embed_dim) */
     const float *key, *key_bias;                   /* the embedding's last layer is folded in */
     const float *cls_key, *query, *mean_key;       /* with epsilon; over heads; 1 / n_keys; 0 where padded */
@@ -69,7 +72,7 @@ typedef struct {
 
 typedef struct {
     Map image, maps[N_STAGES];
-    float *cell_scores, *cell_row, *scores, *candidates;
+    float *cell_scores, *cell_row, *scores, *ranks, *candidates;
     float *context[N_CONTEXT];                   /* of the cells of a band, where they are wanted */
     char *is_wanted[N_CONTEXT];
     int32_t *wanted[N_CONTEXT], *cells[N_CONTEXT]; /* the cells wanted, and the cell of each token, in the band */
@@ -101,6 +104,8 @@ static size_t lay_out(const Plan *plan, Scratch *scratch, char *memory) {
     scratch->cell_scores = take_floats(&used, memory, (size_t)middle->rows * middle->columns);
     scratch->cell_row = take_floats(&used, memory, 2 * (middle->columns + 1));
     scratch->scores = take_floats(&used, memory, n_pixels + 2 * LANES);
+    scratch->ranks = scratch->scores;
+    if (plan->turns) scratch->ranks = take_floats(&used, memory, n_pixels + 2 * LANES);
     scratch->candidates = take_floats(&used, memory, n_pixels + LANES);
     for (int m = 0; m < N_CONTEXT; m++) {
         const Map *map = &scratch->maps[m];
@@ -244,12 +249,48 @@ INLINE int score(const Plan *plan, const Scratch *scratch) {
 
 /* ---- selection ---- */
 
-/* The k pixels of the highest scores, ascending; of equal ones the first. */
-INLINE void choose(const Plan *plan, const Scratch *scratch) {
+/* Scores -> ranks. */
+INLINE void rank_pixels(const Plan *plan, const Scratch *scratch) {
+    int32_t step = 1 << plan->shifts[1];
+    for (int32_t row = 0; row < plan->height; row++) {
+        const float *from = scratch->scores + (size_t)row * plan->width;
+        float *to = scratch->ranks + (size_t)row * plan->width;
+        lanes turns = load(plan->turns + row % step * LANES);
+        for (int32_t j = 0; j < plan->width; j += LANES) /* what is written past the row's end, the next writes over */
+            store(to + j, load(from + j) - turns);
+    }
+}
+
+/* The highest of n scores that are below the threshold, or at it beyond the first `room`. */
+INLINE float highest_other(const float *scores, int32_t n, float threshold, int32_t room) {
+    lanes below = (lanes){} - INFINITY;
+    whole_lanes equal = {0};
+    int32_t i = 0, n_equal = 0;
+    for (; i + LANES <= n; i += LANES) {
+        lanes score = load(scores + i);
+        equal -= score == threshold;
+        below = pick((score < threshold) & (score > below), score, below);
+    }
+    float highest = -INFINITY;
+    for (int l = 0; l < LANES; l++) {
+        n_equal += equal[l];
+        highest = below[l] > highest ? below[l] : highest;
+    }
+    for (; i < n; i++) {
+        n_equal += scores[i] == threshold;
+        if (scores[i] < threshold && scores[i] > highest) highest = scores[i];
+    }
+    return n_equal > room ? threshold : highest;
+}
+
+/* The k pixels of the highest ranks, ascending; of equal ones the first. Returns the highest rank that was not
+   chosen. */
+INLINE float choose(const Plan *plan, const Scratch *scratch) {
     int32_t width = plan->width, n = plan->height * width, found = 0, room;
-    const float *scores = scratch->scores;
+    const float *scores = scratch->ranks;
     int32_t *rows = scratch->rows, *columns = scratch->columns;
     float threshold = threshold_of(scores, n, plan->k, scratch->candidates, scratch->bins, &room);
+    float highest = highest_other(scores, n, threshold, room);
     for (int32_t row = 0; row < plan->height; row++, scores += width)
         for (int32_t first = 0; first < width; first += LANES) {
             if (!any(load(scores + first) >= threshold)) continue;
@@ -261,6 +302,7 @@ INLINE void choose(const Plan *plan, const Scratch *scratch) {
                 found += (scores[column] > threshold) | equal;
             }
         }
+    return highest;
 }
 
 /* ---- tokens ---- */
@@ -293,6 +335,28 @@ INLINE int32_t find_cells(const Plan *plan, const Scratch *scratch, int m, int32
     return t;
 }
 
+/* 3x3 of each channel by itself, then 1x1 of all, at GROUP cells. */
+INLINE void convolve_apart(const Plan *plan, const Map *map, int m, const size_t *apart, int32_t first, int n_lanes,
+                           lanes *sums) {
+    float by_channel[GROUP * map->channels];
+    size_t next[GROUP];
+    for (int g = 0; g < GROUP; g++) {
+        next[g] = (size_t)g * map->channels;
+        for (int32_t c = 0; c < map->channels; c += LANES) {
+            lanes sum = {0};
+            const float *weight = plan->depthwise[m] + c;
+            UNROLL for (int i = 0; i < 3; i++) {
+                const float *from = map->frame + apart[g] + i * map->pitch + c;
+                UNROLL for (int j = 0; j < 3; j++, from += map->channels, weight += map->channels)
+                    sum += load(from) * load(weight);
+            }
+            store(by_channel + next[g] + c, sum);
+        }
+    }
+    multiply(by_channel, next, 0, 0, 1, map->channels, plan->context[m] + first, plan->embed_dim, plan->zeros, GROUP,
+             n_lanes, sums);
+}
+
 /* Convolve the wanted cells of a band, GROUP at a time, n_lanes vectors of outputs from `first` on. */
 INLINE void convolve_wanted(const Plan *plan, const Scratch *scratch, int m, int32_t top, int32_t n_wanted,
                             int32_t first, int n_lanes) {
@@ -306,8 +370,11 @@ INLINE void convolve_wanted(const Plan *plan, const Scratch *scratch, int m, int
             int32_t i = wanted[w + g] / map->columns, j = wanted[w + g] - i * map->columns;
             apart[g] = (top + i) * map->pitch + (size_t)j * map->channels;
         }
-        multiply(map->frame, apart, map->pitch, map->channels, 3, map->channels,
-                 plan->context[m] + first, plan->embed_dim, plan->zeros, GROUP, n_lanes, sums);
+        if (plan->depthwise[m])
+            convolve_apart(plan, map, m, apart, first, n_lanes, sums);
+        else
+            multiply(map->frame, apart, map->pitch, map->channels, 3, map->channels,
+                     plan->context[m] + first, plan->embed_dim, plan->zeros, GROUP, n_lanes, sums);
         UNROLL for (int g = 0; g < GROUP; g++)
             UNROLL for (int l = 0; l < n_lanes; l++)
                 store(scratch->context[m] + (size_t)wanted[w + g] * plan->embed_dim + first + l * LANES,
@@ -350,10 +417,19 @@ INLINE void make_some_tokens(const Plan *plan, const Scratch *scratch, int32_t b
     }
 }
 
-INLINE void open_gates(const Plan *plan, const Scratch *scratch) {
-    for (int32_t t = 0; t < plan->k; t++)
-        scratch->gates[t] = scratch->scores[(size_t)scratch->rows[t] * plan->width + scratch->columns[t]];
-    for (int32_t t = 0; t < plan->k; t += LANES) store(scratch->gates + t, sigmoid(load(scratch->gates + t)));
+/* Factors of the tokens; `others` is the highest rank that was not chosen. */
+INLINE void open_gates(const Plan *plan, const Scratch *scratch, float others) {
+    for (int32_t t = 0; t < plan->k; t += LANES) {
+        lanes score = {0}, rank = {0};
+        for (int l = 0; l < LANES && t + l < plan->k; l++) {
+            size_t pixel = (size_t)scratch->rows[t + l] * plan->width + scratch->columns[t + l];
+            score[l] = scratch->scores[pixel];
+            rank[l] = scratch->ranks[pixel];
+        }
+        lanes gate = sigmoid(score), part = (rank - others) / plan->margin;
+        /* From 0 on; endless, or not a number, if there is no margin or nothing else to choose. */
+        store(scratch->gates + t, pick(part < 1, gate * part, gate));
+    }
 }
 
 /* Keys of some tokens, without epsilon; their sums are added to `total`, (key_dim). */
@@ -544,9 +620,10 @@ INLINE int run_image(const Plan *plan, const Scratch *scratch, const Results *re
     pool(in, plan->n_pooled / 2, features + plan->n_embed);
     if (score(plan, scratch)) return 1;
     times[1] = now(results);
-    choose(plan, scratch);
+    if (plan->turns) rank_pixels(plan, scratch);
+    float others = choose(plan, scratch);
     times[2] = now(results);
-    if (plan->has_context) open_gates(plan, scratch);
+    if (plan->has_context) open_gates(plan, scratch, others);
     if (plan->embed_dim == 32 && plan->key_dim == 32) /* the default, with the loops unrolled */
         attend(plan, scratch, 4, 4, features, attention);
     else

@@ -19,6 +19,7 @@ from ..network import CoarseAttention, FusionClassifier, SparseAttnNet
 from ..network.branch import MOST_PIXELS
 from ..network.compiled import is_stale
 from ..network.fine import EPSILON
+from ..network.selection import turns
 
 PARTS = ("coarse", "selection", "tokens", "head")  # whose time is taken
 
@@ -44,11 +45,12 @@ class _Plan(ctypes.Structure):
         *_fields(ctypes.c_int32, "embed_dim", "key_dim", "hidden_dim", "n_logits"),
         *_fields(ctypes.c_int32, "n_stages", "has_context", "normalizes"),
         ("shifts", ctypes.c_int32 * _N_CONTEXT),
-        *_fields(ctypes.c_float, "key_epsilon", "norm_epsilon"),
+        *_fields(ctypes.c_float, "key_epsilon", "norm_epsilon", "margin"),
         ("stages", _Stage * _MOST_STAGES),
         *_fields(ctypes.c_void_p, "bytes", "score", "position"),
+        ("depthwise", ctypes.c_void_p * _N_CONTEXT),
         ("context", ctypes.c_void_p * _N_CONTEXT),
-        ("zeros", ctypes.c_void_p),
+        *_fields(ctypes.c_void_p, "turns", "zeros"),
         *_fields(ctypes.c_void_p, "key", "key_bias", "cls_key", "query", "mean_key"),
         *_fields(ctypes.c_void_p, "embed", "embed_bias", "cls", "value", "norm_weight", "norm_bias"),
         *_fields(ctypes.c_void_p, "first", "first_bias", "residual", "residual_bias", "last", "last_bias"),
@@ -212,6 +214,7 @@ class Engine:
             hidden_dim=_round_up(fusion.out.in_features),
             n_logits=_round_up(fusion.out.out_features),
             has_context=network.context is not None,
+            margin=network.form["margin"],
             n_stages=len(_stages(network.coarse)),
             normalizes=isinstance(network.fine_norm, nn.LayerNorm),
         )
@@ -246,8 +249,14 @@ class Engine:
         plan.position = self._keep(rows, columns=plan.embed_dim)
         if network.context is not None:
             for m, convolution in enumerate(network.context.convolve):
-                weight = _by_position(_array(convolution.weight))
-                plan.context[m] = self._keep(weight, rows=plan.stages[m].n_outputs, columns=plan.embed_dim)
+                *depthwise, weight = map(_array, convolution.parameters())
+                n_channels = plan.stages[m].n_outputs
+                if depthwise:
+                    plan.depthwise[m] = self._keep(depthwise[0].reshape(-1, 9).T, columns=n_channels)
+                plan.context[m] = self._keep(_by_position(weight), rows=n_channels, columns=plan.embed_dim)
+            if network.form["spread"] > 0:
+                tile = network.form["spread"] * turns(network.coarse.steps[1])
+                plan.turns = self._keep(np.tile(tile, _LANES // len(tile)))
 
     def _put_attention(self, plan: _Plan, network: SparseAttnNet) -> None:
         fine, out = network.fine, network.embedding.out
@@ -292,8 +301,8 @@ def _array(tensor: Any) -> npt.NDArray[np.float64]:
 
 
 def _by_position(weight: np.ndarray) -> np.ndarray:
-    """(outputs, inputs, 3, 3) -> (9, inputs, outputs)."""
-    return weight.transpose(2, 3, 1, 0).reshape(9, weight.shape[1], len(weight))
+    """(outputs, inputs, n, n) -> (n * n, inputs, outputs)."""
+    return weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[1], len(weight))
 
 
 def _as_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,10 @@
-"""Which pixels go on: the k with the highest coarse attention, and the tokens made of them.
+"""Which pixels go on: the k of the highest scores or ranks, and the tokens made of them.
 
 No parameters are learned here, and nothing here is differentiated through the choice itself.
 """
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -86,6 +88,25 @@ def _flat_scores(scores: Tensor, k: int) -> Tensor:
     if not 1 <= k <= flat.shape[1]:
         raise ValueError(f"k={k} pixels cannot be chosen of {flat.shape[1]}: 1 <= k <= H * W.")
     return flat
+
+
+def turns(step: int) -> npt.NDArray[np.float64]:
+    """The order in which the pixels over a cell have their turn: that of a Bayer matrix, as in dithering.
+
+    Parameters
+    ----------
+    step : int
+        Pixels along the side of a cell, a power of 2.
+
+    Returns
+    -------
+    ndarray of shape (step, step), float64
+        0, 1 / step**2, ... up to less than 1; the first ones lie far from each other.
+    """
+    order = np.zeros((1, 1))
+    while len(order) < step:
+        order = np.block([[4 * order, 4 * order + 2], [4 * order + 3, 4 * order + 1]])
+    return order / order.size
 
 
 def pixel_tokens(images: Tensor, indices: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from .compiled import has_hooks
 from .context import TokenContext
 from .fine import FineAttention, PixelEmbedding
 from .fusion import FusionClassifier
-from .selection import pixel_tokens, select_pixel_set
+from .selection import pixel_tokens, select_pixel_set, turns
 
 
 class SparseAttnOutput(NamedTuple):
@@ -67,11 +67,20 @@ class SparseAttnNet(nn.Module):
         not mention one.
     variant : {"context", "paper"}, default="context"
         What a token knows, see Notes.
+    separable : bool, default=True
+        With ``variant="context"``, the form of the convolutions at the chosen pixels, see `TokenContext`. The
+        first model files have whole ones.
+    spread : float, default=3.0
+        With ``variant="context"``, how much the rank of neighbouring pixels differs, see Notes. 0: neighbours
+        have almost the same rank, and the chosen pixels are one or two blots, as in the first model files.
+    margin : float, default=0.4
+        With ``variant="context"``, how far the rank of a pixel must be above those that were not chosen for
+        its gate to be all open, see Notes; 0: no matter how far, as in the first model files.
 
     Raises
     ------
     ValueError
-        If `variant` is neither.
+        If `variant` is neither, or `spread` or `margin` is not from 0 to 1000.
 
     Attributes
     ----------
@@ -90,14 +99,23 @@ class SparseAttnNet(nn.Module):
     whole image, go straight to the answer: that can do without the tokens, and does. With
     ``variant="context"`` the coarse network ends after two stages, the second is pooled, and the next
     convolution is made where pixels were chosen, nowhere else. With :math:`(U_s * c_s)_j` a 3x3 convolution
-    of the features of stage s at the cell of pixel j, and :math:`a_j` the pixel's score,
+    of the features of stage s at the cell of pixel j, and :math:`g_j` the pixel's gate,
 
     .. math::
-        E_j = W_2 \left[\sigma(a_j)\, \mathrm{relu}\Big(W_1 (x, y, v)_j + b_1
+        E_j = W_2 \left[g_j\, \mathrm{relu}\Big(W_1 (x, y, v)_j + b_1
         + \textstyle\sum_s (U_s * c_s)_j\Big)\right] + b_2 .
 
-    The factor :math:`\sigma(a_j)` lets the loss of the answer teach the scores; in the paper the distillation
-    alone does.
+    Scores are smooth. So that what is chosen covers what matters, and not all pixels of a few cells of the
+    maps, pixels are chosen by rank: with :math:`a_j` the pixel's score and :math:`t_j` from 0 up to less than
+    1, by the pixel's place over the cell in the order of a Bayer matrix, as in dithering,
+    :math:`r_j = a_j - \mathrm{spread}\; t_j`. With r' the highest rank that was not chosen,
+
+    .. math::
+        g_j = \sigma(a_j)\, \min\Big(1, \frac{r_j - r'}{\mathrm{margin}}\Big) .
+
+    The first factor lets the loss of the answer teach the scores, where in the paper the distillation alone
+    does. The second, without gradient, makes the answer a continuous function of the image: a pixel that has
+    only just been chosen has no weight yet, and it does not matter which of two equal ones was.
 
     References
     ----------
@@ -128,10 +146,16 @@ class SparseAttnNet(nn.Module):
         strides: tuple[int, int, int] = (2, 2, 2),
         normalize_fine: bool = True,
         variant: str = "context",
+        separable: bool = True,
+        spread: float = 3.0,
+        margin: float = 0.4,
     ) -> None:
         super().__init__()
         if variant not in ("context", "paper"):
             raise ValueError(f"variant={variant!r} must be 'context' or 'paper'.")
+        for name, value in (("spread", spread), ("margin", margin)):
+            if not 0 <= value <= 1000:
+                raise ValueError(f"{name}={value!r} must be a number from 0 to 1000.")
         self.form: dict[str, Any] = {
             "n_channels": n_channels,
             "n_classes": n_classes,
@@ -141,11 +165,16 @@ class SparseAttnNet(nn.Module):
             "strides": strides,
             "normalize_fine": normalize_fine,
             "variant": variant,
+            "separable": separable,
+            "spread": spread,
+            "margin": margin,
         }
         self.compiled = True
         channels = (8, 16) if variant == "context" else (8, 16, 24)
         self.coarse = CoarseAttention(n_channels, channels, strides)
-        self.context = TokenContext(channels, self.coarse.steps, embed_dim) if variant == "context" else None
+        self.context = None
+        if variant == "context":
+            self.context = TokenContext(channels, self.coarse.steps, embed_dim, separable)
         self.embedding = PixelEmbedding(n_channels, embed_dim)
         self.fine = FineAttention(embed_dim, n_heads)
         self.fine_norm = nn.LayerNorm(embed_dim) if normalize_fine else nn.Identity()
@@ -184,9 +213,28 @@ class SparseAttnNet(nn.Module):
         Returns
         -------
         pixels : Tensor of shape (B, k), int64
-            The k with the highest scores, ascending.
+            The k of the highest rank, ascending.
         """
-        return select_pixel_set(scores, self.n_chosen(scores.shape[1:].numel()))
+        return select_pixel_set(self.ranks(scores), self.n_chosen(scores.shape[1:].numel()))
+
+    def ranks(self, scores: Tensor) -> Tensor:
+        """By what pixels are chosen.
+
+        Parameters
+        ----------
+        scores : Tensor of shape (B, H, W)
+            Coarse attention before the sigmoid.
+
+        Returns
+        -------
+        Tensor of shape (B, H, W)
+            The scores themselves, or spread, see Notes.
+        """
+        if self.context is None or self.form["spread"] == 0:
+            return scores
+        step, (height, width) = self.context.steps[1], scores.shape[1:]
+        tile = torch.from_numpy(self.form["spread"] * turns(step)).to(scores)
+        return scores - tile.repeat(-(-height // step), -(-width // step))[:height, :width]
 
     def attend(
         self, images: Tensor, pixels: Tensor, scores: Tensor, maps: tuple[Tensor, ...]
@@ -216,10 +264,9 @@ class SparseAttnNet(nn.Module):
         compiled = self.compiled and len(images) > 0 and is_compiled(images, maps, *widths)
         if self.context is None or not compiled or has_hooks(self.context, self.embedding.first):
             return fine.attend(self.hidden_tokens(images, pixels, scores, maps), out)
-        gates = scores.flatten(1).gather(1, pixels).sigmoid()
+        gates = self.gates(scores, pixels)
         first = self.embedding.first
-        kernels = [layer.weight for layer in self.context.convolve]
-        weights = (*kernels, first.weight, first.bias, *fine.fold(out))
+        weights = (*self.context.kernels(), first.weight, first.bias, *fine.fold(out))
         *sums, attention, contribution = TokenBranch.apply(
             images, pixels, self.context.steps, gates, *maps, *weights
         )
@@ -250,9 +297,31 @@ class SparseAttnNet(nn.Module):
         tokens = pixel_tokens(images, pixels)
         if self.context is None:
             return self.embedding.hidden(tokens)
-        gate = scores.flatten(1).gather(1, pixels).sigmoid()
+        gates = self.gates(scores, pixels)
         context = self.context(maps, pixels, images.shape[-1])
-        return self.embedding.hidden(tokens, context) * gate.unsqueeze(-1)
+        return self.embedding.hidden(tokens, context) * gates.unsqueeze(-1)
+
+    def gates(self, scores: Tensor, pixels: Tensor) -> Tensor:
+        """Factors of the tokens.
+
+        Parameters
+        ----------
+        scores : Tensor of shape (B, H, W)
+            Coarse attention before the sigmoid.
+        pixels : Tensor of shape (B, k), int64
+            The chosen pixels.
+
+        Returns
+        -------
+        Tensor of shape (B, k)
+            From 0 to 1, see Notes.
+        """
+        gates, margin = scores.flatten(1).gather(1, pixels).sigmoid(), self.form["margin"]
+        ranks = self.ranks(scores.detach()).flatten(1)
+        if margin == 0 or pixels.shape[1] == ranks.shape[1]:
+            return gates
+        others = ranks.scatter(1, pixels, -torch.inf).amax(1, keepdim=True)
+        return gates * ((ranks.gather(1, pixels) - others) / margin).clamp(0, 1)
 
     def n_chosen(self, n_pixels: int) -> int:
         """Pixels chosen of an image that has `n_pixels`.
@@ -279,7 +348,11 @@ class SparseAttnNet(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+                nn.init.kaiming_normal_(
+                    module.weight,
+                    nonlinearity="relu" if module.groups == 1 else "linear",
+                    generator=generator,
+                )
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Linear):

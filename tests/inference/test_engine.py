@@ -60,15 +60,16 @@ def reference(network, images, pixels, scale=BYTES):
         return exact(torch.from_numpy(scale(images)).double())
 
 
-def highest(scores, k):
-    """Of float32 scores the k highest, a tie to the lower index; ascending."""
-    order = np.argsort(-scores.astype(np.float64), axis=1, kind="stable")
+def highest(ranks, k):
+    """Of float32 ranks the k highest, a tie to the lower index; ascending."""
+    order = np.argsort(-ranks.astype(np.float64), axis=1, kind="stable")
     return np.sort(order[:, :k], axis=1)
 
 
 def assert_as_reference(network, images, found):
-    k = found["pixels"].shape[1]
-    np.testing.assert_array_equal(found["pixels"], highest(found["scores"], k))
+    scores = torch.from_numpy(found["scores"]).view(images.shape[:3])
+    ranks = network.ranks(scores).flatten(1).numpy()
+    np.testing.assert_array_equal(found["pixels"], highest(ranks, found["pixels"].shape[1]))
     expected = reference(network, images, found["pixels"])
     # Where all keys of a column are 0 but for rounding, that is divided by little more than k * epsilon.
     tolerances = {"scores": 1e-5, "attention": 1e-3, "contribution": 1e-3, "features": 1e-4}
@@ -120,6 +121,10 @@ def test_it_is_the_network(height, width, n_channels, share, kind, seed, variant
         {"hidden_dim": 5},
         {"hidden_dim": 512, "n_classes": 40},
         {"normalize_fine": False},
+        {"spread": 0.0},
+        {"spread": 0.1, "margin": 0.0, "embed_dim": 40},
+        {"spread": 0.0, "margin": 0.0, "separable": False},
+        {"separable": False, "embed_dim": 13, "n_heads": 3},
     ],
     ids=str,
 )

@@ -27,23 +27,25 @@ cases = st.fixed_dictionaries(
         "embed_dim": st.integers(1, 6),
         "strides": st.sampled_from(STRIDES),
         "seed": st.integers(0, 2**31 - 1),
+        "separable": st.booleans(),
     }
 )
 
 
-def case_of(**case):
-    return case
+def case_of(separable=True, **case):
+    return {"separable": separable, **case}
 
 
-def make_case(height, width, n_images, k, embed_dim, strides, seed):
+def make_case(height, width, n_images, k, embed_dim, strides, seed, separable=True):
     """A context in float64, maps of the sizes that an image leaves, and pixels, the last one among them."""
     generator = torch.Generator().manual_seed(seed)
     steps = tuple(int(step) for step in np.cumprod(strides))
     channels = CHANNELS[: len(steps)]
-    context = TokenContext(channels, steps, embed_dim).double()
+    context = TokenContext(channels, steps, embed_dim, separable).double()
     maps = []
     for n_channels, step, layer in zip(channels, steps, context.convolve, strict=True):
-        layer.weight.data.normal_(generator=generator)
+        for weight in layer.parameters():
+            weight.data.normal_(generator=generator)
         size = -(-height // step), -(-width // step)
         cells = torch.randn(n_images, n_channels, *size, dtype=torch.float64, generator=generator)
         maps.append(cells.requires_grad_())
@@ -82,7 +84,11 @@ def seen_by(maps, steps, pixels, width):
 
 
 def weights_of(context):
-    return [layer.weight.detach().numpy() for layer in context.convolve]
+    """As those of whole convolutions (D, channels, 3, 3)."""
+    found = [[weight.detach().numpy() for weight in layer.parameters()] for layer in context.convolve]
+    if not context.separable:
+        return [weight for (weight,) in found]
+    return [np.einsum("cpq,dc->dcpq", each[:, 0], all_[:, :, 0, 0]) for each, all_ in found]
 
 
 def reference(context, maps, pixels, width):
@@ -98,6 +104,7 @@ def reference(context, maps, pixels, width):
 @example(case=case_of(height=1, width=37, n_images=2, k=9, embed_dim=4, strides=(2, 2), seed=0))
 @example(case=case_of(height=37, width=1, n_images=2, k=9, embed_dim=4, strides=(2, 2), seed=0))
 @example(case=case_of(height=135, width=135, n_images=2, k=200, embed_dim=32, strides=(2, 2), seed=0))
+@example(case=case_of(False, height=135, width=135, n_images=2, k=200, embed_dim=9, strides=(2, 2), seed=0))
 def test_context_is_the_sum_over_neighbours_and_maps(case):
     context, maps, pixels = make_case(**case)
     found = context(maps, pixels, case["width"]).detach().numpy()
@@ -121,13 +128,20 @@ def test_gradient_comes_back_to_the_cells_and_the_kernels(case):
     seen = seen_by(maps, context.steps, pixels, case["width"])
     for s, (cells, layer) in enumerate(zip(maps, context.convolve, strict=True)):
         np.testing.assert_allclose(cells.grad.numpy(), to_maps[s], **TOLERANCE)
-        np.testing.assert_allclose(layer.weight.grad.numpy(), to_weights[s], **TOLERANCE)
+        expected = [to_weights[s]]
+        if context.separable:
+            each, all_ = (weight.detach().numpy() for weight in layer.parameters())
+            by_each = np.einsum("dcpq,dc->cpq", to_weights[s], all_[:, :, 0, 0])[:, None]
+            expected = [by_each, np.einsum("dcpq,cpq->dc", to_weights[s], each[:, 0])[:, :, None, None]]
+        for weight, gradient in zip(layer.parameters(), expected, strict=True):
+            np.testing.assert_allclose(weight.grad.numpy(), gradient, **TOLERANCE)
         assert not cells.grad[~seen[s].expand_as(cells)].any()
 
 
+@pytest.mark.parametrize("separable", [True, False])
 @pytest.mark.parametrize(("height", "width"), [(7, 9), (1, 9), (9, 1), (1, 1)])
-def test_gradient_is_that_of_finite_differences(height, width):
-    context, maps, pixels = make_case(height, width, 2, 5, 3, (2, 2), seed=0)
+def test_gradient_is_that_of_finite_differences(height, width, separable):
+    context, maps, pixels = make_case(height, width, 2, 5, 3, (2, 2), seed=0, separable=separable)
     pixels[:, 1] = pixels[:, 0]
     names, weights = zip(*context.named_parameters(), strict=True)
 
@@ -145,7 +159,7 @@ def test_gradient_is_that_of_finite_differences(height, width):
 @pytest.mark.parametrize(("down", "right"), AROUND)
 def test_a_pixel_sees_around_the_cell_it_is_nearest_to(pixel, cell, down, right):
     """Cells 8 pixels apart in an image of 22 x 21: over 0, 8 and 16; halfway counts to the later."""
-    context = TokenContext((1,), (8,), 1)
+    context = TokenContext((1,), (8,), 1, separable=False)
     context.convolve[0].weight.data.zero_()[0, 0, down + 1, right + 1] = 1
     cells = torch.arange(1.0, 10).view(1, 1, 3, 3)
     found = context((cells,), torch.tensor([[pixel[0] * 21 + pixel[1]]]), 21)
@@ -165,7 +179,8 @@ def test_a_pixel_sees_around_the_cell_it_is_nearest_to(pixel, cell, down, right)
 def test_beyond_the_map_there_is_nothing(height, width, expected):
     """With ones everywhere the context counts the cells around; of the other image it counts none."""
     context = TokenContext((1,), (1,), 1)
-    context.convolve[0].weight.data.fill_(1)
+    for weight in context.parameters():
+        weight.data.fill_(1)
     cells = torch.ones(2, 1, height, width)
     cells[1] = 100
     found = context((cells,), torch.arange(height * width).expand(2, -1), width).view(2, height, width)
@@ -232,17 +247,29 @@ def test_order_and_repetition_of_pixels_change_nothing():
     assert torch.equal(twice, torch.cat([before, before], 1))
 
 
+@pytest.mark.parametrize("separable", [True, False])
 @pytest.mark.parametrize("k", [1, 7, 200, 20 * 17])
-def test_cost_is_that_of_the_cells_of_the_pixels(k):
-    """Multiply-adds: 3 x 3 x channels x embed_dim for each cell, however many pixels are its own."""
-    context, maps, _ = make_case(20, 17, 2, 1, 4, (2, 2), seed=0)
+def test_cost_is_that_of_the_cells_of_the_pixels(k, separable):
+    """Multiply-adds: 3 x 3 x channels x embed_dim for each cell, however many pixels are its own.
+
+    If the convolutions are separable channels x embed_dim, and 3 x 3 x channels that are not counted here.
+    """
+    context, maps, _ = make_case(20, 17, 2, 1, 4, (2, 2), seed=0, separable=separable)
     generator = torch.Generator().manual_seed(k)
     pixels = torch.stack([torch.randperm(20 * 17, generator=generator)[:k] for _ in range(2)])
     pixels = torch.cat([pixels, pixels[:, :1]], 1)
     with FlopCounterMode(display=False) as counter:
         context(maps, pixels, 17)
     cells = {(s, b, i, j) for s, b, _, i, j in cells_of(maps, context.steps, pixels, 17)}
-    assert counter.get_total_flops() / 2 == sum(9 * CHANNELS[s] * 4 for s, *_ in cells)
+    kernel = 1 if separable else 9
+    assert counter.get_total_flops() / 2 == sum(kernel * CHANNELS[s] * 4 for s, *_ in cells)
+
+
+@pytest.mark.parametrize("separable", [True, False])
+def test_kernels_are_those_of_whole_convolutions(separable):
+    context, *_ = make_case(20, 17, 2, 1, 4, (2, 2), seed=0, separable=separable)
+    for kernel, expected in zip(context.kernels(), weights_of(context), strict=True):
+        np.testing.assert_allclose(kernel.detach().numpy(), expected, rtol=1e-14)
 
 
 def test_gradient_is_the_same_in_every_run_with_several_threads():

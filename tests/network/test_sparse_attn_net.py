@@ -48,6 +48,9 @@ class Reference:
     def __init__(self, net, strides):
         self.w = {name: value.numpy().astype(float) for name, value in net.state_dict().items()}
         self.n_heads = net.fine.n_heads
+        self.spread, self.margin, self.separable = (
+            net.form[name] for name in ("spread", "margin", "separable")
+        )
         self.strides = strides
         self.with_context = net.context is not None
 
@@ -81,7 +84,10 @@ class Reference:
         return scores, z_coarse, list(zip(stages, steps, strict=False))
 
     def embed(self, image, pixels, scores, maps):
-        """E = W2 [gate * relu(W1 p + b1 + sum_s U_s * c_s)] + b2, without gate and sum in the paper."""
+        """E = W2 [gate * relu(W1 p + b1 + sum_s U_s * c_s)] + b2, without gate and sum in the paper.
+
+        The gate is sigmoid(a), times (rank - the highest rank not chosen) / margin where that is below 1.
+        """
         n_channels, height, width = image.shape
         i, j = np.divmod(pixels, width)
         place = [(2 * j + 1) / width - 1, (2 * i + 1) / height - 1]
@@ -90,16 +96,37 @@ class Reference:
         gate = 1.0
         if self.with_context:
             gate = 1 / (1 + np.exp(-scores[i, j]))[:, None]
+            ranks = self.ranks(scores)
+            others = np.delete(ranks.ravel(), pixels)
+            if self.margin and len(others):
+                gate *= np.minimum((ranks[i, j] - others.max()) / self.margin, 1)[:, None]
             for s, (cells, step) in enumerate(maps):
                 row = np.minimum(np.floor(i / step + 0.5).astype(int), len(cells) - 1)
                 column = np.minimum(np.floor(j / step + 0.5).astype(int), len(cells[0]) - 1)
                 framed = np.pad(cells, ((1, 1), (1, 1), (0, 0)))
                 for p, q in np.ndindex(3, 3):
-                    kernel = self.w[f"context.convolve.{s}.weight"][:, :, p, q]
+                    if self.separable:
+                        each = self.w[f"context.convolve.{s}.0.weight"][:, 0, p, q]
+                        kernel = self.w[f"context.convolve.{s}.1.weight"][:, :, 0, 0] * each
+                    else:
+                        kernel = self.w[f"context.convolve.{s}.weight"][:, :, p, q]
                     hidden += framed[row + p, column + q] @ kernel.T
         return (gate * np.maximum(hidden, 0)) @ self.w["embedding.out.weight"].T + self.w[
             "embedding.out.bias"
         ]
+
+    def ranks(self, scores):
+        """Scores less spread * n / step**2, n the place of a pixel in the order over its cell."""
+        if not (self.with_context and self.spread):
+            return scores
+        order = {
+            1: [[0]],
+            2: [[0, 2], [3, 1]],
+            4: [[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]],
+        }[self.strides[0] * self.strides[1]]
+        step = len(order)
+        turns = [[order[i % step][j % step] for j in range(scores.shape[1])] for i in range(scores.shape[0])]
+        return scores - self.spread * np.array(turns) / step**2
 
     def fine(self, tokens):
         cls = self.w["fine.cls_token"][0, 0]
@@ -132,7 +159,7 @@ class Reference:
     def __call__(self, image):
         scores, z_coarse, maps = self.coarse(image)
         k = int(np.clip(np.floor(self.w["k"] + 0.5), 1, scores.size))
-        pixels = np.sort(np.argsort(-scores.ravel(), kind="stable")[:k])
+        pixels = np.sort(np.argsort(-self.ranks(scores).ravel(), kind="stable")[:k])
         z_fine, attention, signed = self.fine(self.embed(image, pixels, scores, maps))
         features = np.concatenate([z_fine, z_coarse])
         return self.fusion(features), features, scores, pixels, attention, signed
@@ -149,6 +176,10 @@ class Reference:
         (3, 40, 26, 155.4, {"embed_dim": 7, "n_heads": 3, "hidden_dim": 11}),
         (1, 16, 16, 1e9, {"strides": (1, 2, 2), "normalize_fine": False}),
         (3, 9, 8, 20, {"strides": (1, 1, 2), "embed_dim": 5, "n_heads": 5}),
+        (2, 19, 12, 30, {"margin": 0.0}),
+        (2, 19, 12, 30, {"spread": 0.0}),
+        (2, 33, 26, 130, {"spread": 0.7, "margin": 1.5}),
+        (1, 33, 26, 130, {"spread": 0.0, "margin": 0.0, "separable": False}),
     ],
 )
 def test_forward_pass_is_the_reference(n_channels, height, width, k, options, variant):
@@ -221,6 +252,55 @@ def test_the_answer_moves_with_the_level_of_the_scores_through_the_gate_alone(va
     else:
         assert measured.abs() > 1e-4
         torch.testing.assert_close(slope[0], measured, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("margin", [0.4, 0.02, 0.0])
+def test_with_a_margin_another_choice_is_no_jump(margin):
+    """From image to image, up to where other pixels are chosen: there the answer goes on, or jumps."""
+    net = make_net(k=40, margin=margin)
+    one, other = random_images(2, 1, 24, 24)
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        pixels = net(torch.stack([one + t * (other - one) for t in (low, middle)])).pixels
+        low, high = (middle, high) if pixels[0].equal(pixels[1]) else (low, middle)
+    outputs = net(torch.stack([one + t * (other - one) for t in (low, high)]))
+    assert high - low < 1e-14
+    assert not outputs.pixels[0].equal(outputs.pixels[1])
+    jump = (outputs.logits[1] - outputs.logits[0]).abs().max()
+    assert jump < 1e-9 if margin else jump > 1e-5
+
+
+def test_gates_are_open_as_far_as_scores_are_above_those_not_chosen():
+    net = make_net(spread=0.0, margin=0.02)
+    scores = torch.tensor([[[1.0, 1.01, 1.5], [1.02, 0.5, 0.0]], [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]])
+    pixels = torch.tensor([[1, 2, 3], [0, 1, 2]])
+    open_parts = torch.tensor([[0.5, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(
+        net.gates(scores, pixels), scores.flatten(1).gather(1, pixels).sigmoid() * open_parts
+    )
+    everything = torch.arange(6).expand(2, 6)
+    torch.testing.assert_close(net.gates(scores, everything), scores.flatten(1).sigmoid())
+
+
+@pytest.mark.parametrize("name", ["spread", "margin"])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_numbers_that_cannot_be(name, value):
+    with pytest.raises(ValueError, match=f"{name}="):
+        make_net(**{name: value})
+
+
+def test_pixels_over_an_even_area_are_chosen_far_from_each_other():
+    """Of scores that are all alike one pixel of each cell, then a second one in the middle between those."""
+    net = make_net()
+    for k, places in ((64, [(0, 0)]), (128, [(0, 0), (2, 2)])):
+        net.k.fill_(k)
+        chosen = torch.zeros(32 * 32, dtype=torch.bool)
+        chosen[net.choose(torch.zeros(1, 1, 32, 32), torch.full((1, 32, 32), 0.3))[0]] = True
+        expected = torch.zeros(32, 32, dtype=torch.bool)
+        for i, j in places:
+            expected[i::4, j::4] = True
+        assert torch.equal(chosen.view(32, 32), expected)
 
 
 class FixedCoarse(nn.Module):
@@ -416,7 +496,8 @@ def test_new_network_starts_as_the_layers_do():
         if isinstance(module, nn.Conv2d):
             fan_in = module.weight[0].numel()
             weights = torch.stack([each.weight for each in (module, *others)])
-            assert weights.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.2)
+            gain = 2 if module.groups == 1 else 1  # no ReLU follows the convolution of a channel by itself
+            assert weights.std().item() == pytest.approx((gain / fan_in) ** 0.5, rel=0.2)
             assert abs(weights.mean().item()) < 5 * weights.std().item() / weights.numel() ** 0.5
             assert module.bias is None or (module.bias == 0).all()
         if isinstance(module, nn.Linear):
@@ -464,12 +545,29 @@ def budget_images(kind):
     return torch.from_numpy((images - images.min()) / (images.max() - images.min()))
 
 
+def n_cells(pixels):
+    """How many cells of the maps some pixels of an image of 135 x 135 belong to."""
+    row, column = np.divmod(pixels, 135)
+    found = []
+    for step in (2, 4):
+        last = -(-135 // step) - 1
+        i, j = (np.minimum(np.floor(at / step + 0.5), last) for at in (row, column))
+        found.append(len(set(zip(i, j, strict=True))))
+    return found
+
+
 def costs(net, image):
     """Multiply-adds of one pass, in all and by module."""
     with FlopCounterMode(display=False) as counter:
-        assert net(image[None]).pixels.shape == (1, 2146)
+        pixels = net(image[None]).pixels
+    assert pixels.shape == (1, 2146)
     by_module = {name: sum(ops.values()) / 2 for name, ops in counter.get_flop_counts().items()}
-    return counter.get_total_flops() / 2, by_module
+    if net.context is None:
+        return counter.get_total_flops() / 2, by_module
+    # 3x3 of each channel by itself is no matrix product, and not counted by PyTorch.
+    depthwise = sum(9 * n * channels for n, channels in zip(n_cells(pixels[0].numpy()), (8, 16), strict=True))
+    by_module["SparseAttnNet.context"] += depthwise
+    return counter.get_total_flops() / 2 + depthwise, by_module
 
 
 @pytest.mark.parametrize("n_channels", [1, 3])
@@ -512,13 +610,7 @@ def test_cost_of_the_fine_branch_is_linear_in_k(default_net):
         if net.context is None:
             return total
         context = sum(counter.get_flop_counts()["SparseAttnNet.context"].values()) / 2
-        row, column = np.divmod(pixels, 135)
-        expected = 0
-        for n_features, step in ((8, 2), (16, 4)):
-            last = -(-135 // step) - 1
-            i, j = (np.minimum(np.floor(at / step + 0.5), last) for at in (row, column))
-            expected += len(set(zip(i, j, strict=True))) * 9 * n_features * 32
-        assert context == expected
+        assert context == sum(32 * n * channels for n, channels in zip(n_cells(pixels), (8, 16), strict=True))
         return total - context
 
     assert cost(3000) - cost(2000) == cost(2000) - cost(1000) > 0
