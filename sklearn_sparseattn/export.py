@@ -272,7 +272,7 @@ def _coarse_maps(
         for convolution, norm, _ in stage:
             stride = convolution.stride[0]
             factor, bias = (part.reshape(-1, 1, 1) for part in _affine(norm))
-            here = graph.convolve(here, _array(convolution.weight), np.zeros(len(factor)), stride)
+            here = _by_rows(graph, here, _array(convolution.weight), stride)
             here = graph.add("Clip", here, graph.constant(-3e38), graph.constant(3e38))
             here = graph.add("Add", graph.add("Mul", here, graph.constant(factor)), graph.constant(bias))
             here = graph.add("Relu", here)
@@ -280,6 +280,13 @@ def _coarse_maps(
         maps.append(here)
         sizes.append((n_rows, n_columns))
     return (maps, sizes) if coarse.deep else (maps[:2], sizes[:2])
+
+
+def _by_rows(graph: _Graph, maps: str, weight: np.ndarray, stride: int) -> str:
+    """3x3 convolution; each row of the kernel is summed by itself, which loses fewer digits."""
+    rows = np.stack([weight * (np.arange(3) == row)[:, None] for row in range(3)])
+    upper, middle, lower = (graph.convolve(maps, row, np.zeros(len(weight)), stride) for row in rows)
+    return graph.add("Add", graph.add("Add", upper, middle), lower)
 
 
 def _scores(graph: _Graph, coarse: Any, middle: str, size: tuple[int, int], shape: ImageShape) -> str:
