@@ -212,7 +212,7 @@ def main(arguments=None):
     )
     parser.add_argument("--variants", type=names_of(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--data", type=names_of(data_sets.DATA_SETS), default=list(DATA))
-    parser.add_argument("--seeds", type=int, default=5, help="how many splits of each data set, at most 15")
+    parser.add_argument("--seeds", type=int, default=5, help="how many splits of each data set, at most 30")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--tables", action="store_true", help="measure nothing")
     options = parser.parse_args(arguments)

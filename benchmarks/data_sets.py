@@ -15,7 +15,7 @@ from sklearn_sparseattn.datasets import load_image_folder, make_cells
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("SPARSEATTN_DATA", HERE.parent.parent / "shared" / "data"))
-N_SPLITS = 15  # of each data set; the first five go through all rows, or donors, where they are folds
+N_SPLITS = 30  # of each data set; the first five go through all rows, or donors, where they are folds
 N_MORE = 4000  # generated cells that only serve to score
 TEST_DONORS = (1, 2, 3, 5, 6)  # those of the literature; donor 4 is always among the training rows
 

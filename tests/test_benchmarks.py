@@ -88,13 +88,13 @@ def test_splits_of_generated_cells(few_cells, name):
     assert len(images) == len(target)
     assert 20 <= len(target) - n_split < 20 + len(few_cells.COUNTS[name])  # a class may be rounded up
     assert len(np.unique(images[n_split:], axis=0)) == len(target) - n_split
-    assert [split for split, _, _ in splits] == [f"seed{i}" for i in range(15)]
+    assert [split for split, _, _ in splits] == [f"seed{i}" for i in range(30)]
     for _, train, test in splits:
         np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(len(target)))
         assert len(test) == pytest.approx(0.2 * n_split + len(target) - n_split, abs=1)
         assert set(test) >= set(range(n_split, len(target)))
         assert set(target[test]) == set(target[train]) == set(range(len(few_cells.COUNTS[name])))
-    assert len({tuple(test) for _, _, test in splits}) == 15
+    assert len({tuple(test) for _, _, test in splits}) == 30
 
 
 def test_calibration_error(load_benchmark):
