@@ -59,8 +59,8 @@ def export_onnx(
     ImportError
         If onnx is not installed.
     ValueError
-        If `dtype` is another one, layers of ``network_`` were replaced, or the labels are neither numbers of
-        up to 64 bits nor text, dates for one.
+        If `dtype` is another one, layers of ``network_`` were replaced, it comes from a model file of version
+        2, or the labels are neither numbers of up to 64 bits nor text, dates for one.
     OSError
         If the file cannot be written, for a full disk for one.
 
@@ -102,6 +102,8 @@ def export_onnx(
     network: Any = copy.deepcopy(estimator.network_).cpu()
     if not is_plain(network):
         raise ValueError("network_ is not as the fit made it: a replaced layer cannot be exported.")
+    if network.form["margins"]:
+        raise ValueError("a classifier from a model file of version 2 cannot be exported: fit it again.")
     try:
         import onnx
     except ImportError as error:

@@ -29,7 +29,7 @@ from .fitted import network_arrays, network_of
 from .inference import resolve_device
 from .network import SparseAttnNet
 
-FORMAT_VERSION = 2  # 1: networks without spread and margin
+FORMAT_VERSION = 3  # 1: networks without spread and margin; 2: with margins
 
 _KEY = "sklearn_sparseattn"  # of the JSON text among the metadata
 # The JSON text begins with the checksum; as a string in the header its quotes are escaped.
@@ -206,7 +206,7 @@ def _encode(estimator: Any) -> tuple[bytes, list[str]]:
     names = getattr(estimator, "feature_names_in_", None)
     model = {
         "checksum": _NO_CHECKSUM,
-        "format_version": FORMAT_VERSION,
+        "format_version": 2 if network.form["margins"] else FORMAT_VERSION,
         "versions": _versions(),
         "params": params,
         "classes": _encode_classes(estimator.classes_),
@@ -331,6 +331,8 @@ def _decode(content: bytes, device: str | torch.device) -> SparseAttnClassifier:
     names = model["feature_names"]
     if names is not None and not (_is_list_of(names, str) and len(names) == n_features):
         raise ValueError(f"feature_names are not {n_features} names.")
+    if version > 2 and model["network"].get("margins", False) is not False:
+        raise ValueError("a network of this version cannot have margins.")
     form = _network_form(model["network"], channels, len(classes), len(content))
     network = _make_network(form, arrays.pop("network"))
     if model["k"] != network.n_chosen(height * width):
@@ -412,7 +414,8 @@ def _network_form(form: Any, n_channels: int, n_classes: int, n_bytes: int) -> d
     strides = form["strides"]
     if not (_is_list_of(strides, int) and len(strides) == 3 and set(strides) <= {1, 2}):
         raise ValueError(f"the network cannot have the strides {strides!r:.80}.")
-    kinds = {"separable": bool, "spread": float, "margin": float}  # not in the first files
+    # Not in the first files.
+    kinds = {"separable": bool, "spread": float, "margin": float, "margins": bool}
     if wrong := [name for name, kind in kinds.items() if name in form and type(form[name]) is not kind]:
         raise ValueError(f"the network cannot have {wrong[0]}={form[wrong[0]]!r:.80}.")
     return {**form, "strides": tuple(strides)}

@@ -225,12 +225,13 @@ def test_default_settings_make_a_small_file_that_loads_quickly(path):
     assert min(seconds) <= 0.05
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_all_versions_are_still_read(version):
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_all_versions_are_still_read(version, path):
     """A file in each format, and its probabilities of images that are made by a formula."""
     known = json.loads((DATA / f"model_v{version}.json").read_text())
     loaded = load_model(DATA / f"model_v{version}.safetensors")
-    assert loaded.network_.form["spread"] == {1: 0.0, 2: 3.0}[version]
+    assert loaded.network_.form["spread"] == (3.0 if version == 3 else 0.0)
+    assert loaded.network_.form["margins"] == (version == 2)
     n, height, width, channels = np.indices(known["shape"])
     images = ((37 * n + 11 * height * width + 5 * height + 60 * channels) % 256).astype(np.uint8)
     np.testing.assert_allclose(loaded.predict_proba(images), known["probabilities"], rtol=0, atol=1e-4)
@@ -238,6 +239,13 @@ def test_all_versions_are_still_read(version):
     assert loaded.k_ == known["k"]
     assert loaded.n_iter_ == known["n_iter"]
     assert loaded.class_weight == {"blast": 2.0, "other": 1.0}
+    save_model(loaded, path)
+    np.testing.assert_array_equal(load_model(path).predict_proba(images), loaded.predict_proba(images))
+
+
+def test_version_2_is_not_exported(path):
+    with pytest.raises(ValueError, match="version 2 cannot be exported"):
+        export_onnx(load_model(DATA / "model_v2.safetensors"), path)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -502,7 +510,7 @@ def test_strange_values_everywhere(content, path, fitted):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 3}, "format_version is 3, .* a later sklearn-sparseattn"),
+        ({"format_version": 4}, "format_version is 4, .* a later sklearn-sparseattn"),
         ({"format_version": True}, "format_version is True"),
         ({"k": 1}, "k=1 is not that of the network"),
         ({"image_shape": [SIDE, SIDE, 3]}, "not for 3 channels"),

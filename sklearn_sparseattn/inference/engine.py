@@ -128,6 +128,8 @@ class Engine:
         """
         if _LIBRARY is None or math.prod(image_shape[:2]) > MOST_PIXELS or not is_plain(network):
             return None
+        if network.form["margins"]:  # of model files of version 2: PyTorch computes them
+            return None
         return cls(network, image_shape, scale)
 
     def run(self, images: np.ndarray, *, maps: bool = False, timed: bool = False) -> dict[str, np.ndarray]:

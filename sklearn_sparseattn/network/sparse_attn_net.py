@@ -76,6 +76,9 @@ class SparseAttnNet(nn.Module):
     margin : float, default=0.4
         With ``variant="context"``, how far the rank of a pixel must be above those that were not chosen for
         its gate to be all open, see Notes; 0: no matter how far, as in the first model files.
+    margins : bool, default=False
+        The gates of model files of version 2 instead, which nothing else has and only PyTorch computes:
+        :math:`\sigma(a_j)\, m_j / (m_j + \bar m)` with :math:`m_j = a_j - \min_i a_i + 10^{-6}`.
 
     Raises
     ------
@@ -117,6 +120,10 @@ class SparseAttnNet(nn.Module):
     does. The second, without gradient, makes the answer a continuous function of the image: a pixel that has
     only just been chosen has no weight yet, and it does not matter which of two equal ones was.
 
+    Hooks are called on the layers, but not on `coarse`, `embedding` and `fine`, of which other methods than
+    `forward` are called, nor on ``embedding.out`` and the convolutions of `context`, whose weights are folded
+    or used by themselves.
+
     References
     ----------
     .. [1] Yoshai, Yagoda-Aharoni, Dotan, Shaked, "Hierarchical Sparse Attention Framework for
@@ -149,6 +156,7 @@ class SparseAttnNet(nn.Module):
         separable: bool = True,
         spread: float = 3.0,
         margin: float = 0.4,
+        margins: bool = False,
     ) -> None:
         super().__init__()
         if variant not in ("context", "paper"):
@@ -168,6 +176,7 @@ class SparseAttnNet(nn.Module):
             "separable": separable,
             "spread": spread,
             "margin": margin,
+            "margins": margins,
         }
         self.compiled = True
         channels = (8, 16) if variant == "context" else (8, 16, 24)
@@ -316,7 +325,11 @@ class SparseAttnNet(nn.Module):
         Tensor of shape (B, k)
             From 0 to 1, see Notes.
         """
-        gates, margin = scores.flatten(1).gather(1, pixels).sigmoid(), self.form["margin"]
+        chosen, margin = scores.flatten(1).gather(1, pixels), self.form["margin"]
+        gates = chosen.sigmoid()
+        if self.form["margins"]:
+            above = chosen - chosen.amin(1, keepdim=True) + 1e-6
+            return gates * above / (above + above.mean(1, keepdim=True))
         ranks = self.ranks(scores.detach()).flatten(1)
         if margin == 0 or pixels.shape[1] == ranks.shape[1]:
             return gates

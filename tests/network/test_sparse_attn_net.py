@@ -51,6 +51,7 @@ class Reference:
         self.spread, self.margin, self.separable = (
             net.form[name] for name in ("spread", "margin", "separable")
         )
+        self.margins = net.form["margins"]
         self.strides = strides
         self.with_context = net.context is not None
 
@@ -96,6 +97,9 @@ class Reference:
         gate = 1.0
         if self.with_context:
             gate = 1 / (1 + np.exp(-scores[i, j]))[:, None]
+            if self.margins:
+                above = scores[i, j][:, None] - scores[i, j].min() + 1e-6
+                gate *= above / (above + above.mean())
             ranks = self.ranks(scores)
             others = np.delete(ranks.ravel(), pixels)
             if self.margin and len(others):
@@ -180,6 +184,7 @@ class Reference:
         (2, 19, 12, 30, {"spread": 0.0}),
         (2, 33, 26, 130, {"spread": 0.7, "margin": 1.5}),
         (1, 33, 26, 130, {"spread": 0.0, "margin": 0.0, "separable": False}),
+        (1, 33, 26, 130, {"spread": 0.0, "margin": 0.0, "margins": True}),
     ],
 )
 def test_forward_pass_is_the_reference(n_channels, height, width, k, options, variant):
