@@ -107,23 +107,6 @@ def controls(images, rng):
     }
 
 
-def occlusion(predict_proba, images, labels, *, window=12, step=6):
-    """Mean loss of the label's probability over the squares that cover a pixel, each put to background."""
-    rows, blank = with_channels(images), background(images)
-    height, width = rows.shape[1:3]
-    starts = [(i, j) for i in range(0, height - step, step) for j in range(0, width - step, step)]
-    cover = np.zeros((len(starts), height, width), dtype=bool)
-    for mask, (i, j) in zip(cover, starts, strict=True):
-        mask[i : i + window, j : j + window] = True
-    found = []
-    for row, gray, label in zip(rows, blank, labels, strict=True):
-        stack = np.concatenate([np.where(cover[..., None], gray, row), row[None]])
-        probability = predict_proba(stack.reshape(-1, *images.shape[1:]))[:, label]
-        loss = probability[-1] - probability[:-1]
-        found.append(np.tensordot(loss, cover, 1) / cover.sum(axis=0))
-    return np.array(found)
-
-
 def grad_cam(network, layer, inputs, labels):
     """Grad-CAM of a layer, positive part, interpolated to the image size."""
     from captum.attr import LayerAttribution, LayerGradCam
@@ -252,7 +235,7 @@ def maps_of_ours(estimator, images, labels, *, quick=False):
         "gradient × input, absolute": np.abs(product),
         "integrated gradients": in_parts(integrated_gradients, logits, inputs, target, blank),
         "Grad-CAM": grad_cam(logits, logits.network.coarse.middle, inputs, target),
-        "occlusion": occlusion(estimator.predict_proba, images, labels),
+        "occlusion": estimator.occlusion_maps(images, estimator.classes_[labels]),
     }
 
 

@@ -40,7 +40,7 @@ from sklearn_sparseattn.images import PixelScale
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "explanation.json", HERE / "README.md"
-N_IMAGES = 48  # of each split
+N_IMAGES = 96  # of each split
 PLACES = ("cell", "nucleus", "frame", "on_cell")
 COLUMNS = (*PLACES, "deletion", "insertion", "deletion_squares", "insertion_squares")
 OF_TOKENS = ("fine attention", "contribution, absolute", "evidence of the tokens")

@@ -262,6 +262,15 @@ def test_evidence_is_a_fifth_column_around_zero():
         display.plot(ax=plt.subplots(2, 4)[1])
 
 
+def test_evidence_by_occlusion():
+    clf, X, y = fitted()
+    display = AttentionDisplay.from_estimator(clf, X, y, max_images=2, evidence="occlusion")
+    for axis, values in zip(display.axes_[:, 4], clf.occlusion_maps(X[:2]), strict=True):
+        np.testing.assert_array_equal(shown(axis), values)
+    with pytest.raises(ValueError, match="evidence='occlude' must be True, False or 'occlusion'"):
+        AttentionDisplay.from_estimator(clf, X, y, evidence="occlude")
+
+
 LONG_NAMES = [
     "monocyte with a vacuolated cytoplasm, activated, first donor",
     "A_VERY_LONG_NAME_IN_CAPITALS_AND_WITHOUT_ANY_BLANK_VERSION_2",

@@ -153,16 +153,6 @@ def test_curves_begin_and_end_at_the_image_and_the_background(attributions):
     assert not revealed[0].any()
 
 
-def test_occlusion_finds_what_decides(attributions):
-    weights = np.zeros((16, 16))
-    weights[4, 11] = 1
-    images = np.zeros((1, 16, 16))
-    images[0, 1:-1, 1:-1] = 1
-    found = attributions.occlusion(share_of_lit(weights), images, [1], window=4, step=2)
-    assert found[0, 4, 11] == found.max() == 1
-    assert found[0, 12, 3] == 0
-
-
 def test_grad_cam_by_hand(attributions):
     """Two maps, one of them pooled with a positive and one with a negative weight."""
     layer = nn.Conv2d(1, 2, 1, bias=False)
@@ -245,6 +235,7 @@ def test_evidence_is_what_the_estimator_gives_and_that_of_the_tokens_is_its_part
     maps = attributions.maps_of_ours(clf, images, labels)
     np.testing.assert_array_equal(maps["evidence"], clf.evidence_maps(images, clf.classes_[labels]))
     np.testing.assert_array_equal(maps["evidence, absolute"], np.abs(maps["evidence"]))
+    np.testing.assert_array_equal(maps["occlusion"], clf.occlusion_maps(images, clf.classes_[labels]))
     of_tokens = maps["evidence of the tokens"]
     assert not of_tokens[maps["chosen pixels"] == 0].any()
     # What remains is of the cells: linear from one to the next.

@@ -31,7 +31,7 @@ class AttentionDisplay:
     titles : list of str
         One for each image.
     evidence : ndarray of shape (n, H, W), default=None
-        What each pixel added to the answer, signed. None leaves the column out.
+        What the answer rests on, signed. None leaves the column out.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ class AttentionDisplay:
         *,
         max_images: int = 8,
         class_names: Any = None,
-        evidence: bool = False,
+        evidence: bool | str = False,
         ax: Any = None,
     ) -> "AttentionDisplay":
         """Compute the maps of the first images and plot them.
@@ -94,8 +94,9 @@ class AttentionDisplay:
             The first so many images are shown.
         class_names : array-like of shape (n_classes,), default=None
             Names to show instead of the labels, in the order of ``estimator.classes_``.
-        evidence : bool, default=False
-            Whether to show what each pixel added to the answer, too: ``evidence_maps`` of the estimator.
+        evidence : bool or "occlusion", default=False
+            Whether to show what the answer rests on, too: True is ``evidence_maps`` of the estimator, what
+            each pixel added, "occlusion" its ``occlusion_maps``, surer, coarser and slower.
         ax : array of matplotlib Axes of shape (n, 4), with evidence (n, 5), default=None
             Where to draw. None makes a figure.
 
@@ -109,13 +110,17 @@ class AttentionDisplay:
         ImportError
             If matplotlib is not installed.
         ValueError
-            If there are not as many `class_names` as classes, or `ax` has another shape.
+            If there are not as many `class_names` as classes, `ax` has another shape, or `evidence` is
+            another word.
         """
         check_matplotlib(cls.__name__)
+        if evidence not in (False, True, "occlusion"):
+            raise ValueError(f"evidence={evidence!r} must be True, False or 'occlusion'.")
         X = take_rows(X, slice(max_images))
+        explain = estimator.occlusion_maps if evidence == "occlusion" else estimator.evidence_maps
         return cls.from_maps(
             _as_pictures(X, estimator.image_shape_, estimator.data_range_),
-            {**estimator.attention_maps(X), **({"evidence": estimator.evidence_maps(X)} if evidence else {})},
+            {**estimator.attention_maps(X), "evidence": explain(X) if evidence else None},
             estimator.predict_proba(X),
             classes=estimator.classes_,
             y=None if y is None else np.asarray(y)[:max_images],
@@ -143,7 +148,7 @@ class AttentionDisplay:
             Ready to be shown: gray or RGB, in [0, 1].
         maps : mapping
             What ``attention_maps`` of the estimator gives for them; where it also holds ``evidence``, what
-            ``evidence_maps`` gives.
+            ``evidence_maps`` or ``occlusion_maps`` gives.
         proba : ndarray of shape (n, n_classes)
             What its ``predict_proba`` gives.
         classes : array-like of shape (n_classes,)
