@@ -57,7 +57,10 @@ def main(n_samples=800, image_size=64, max_epochs=30, n_shown=3, folder="."):
 
         file = folder / f"attention_{modality}.png"
         shown = np.unique(y_test, return_index=True)[1][:n_shown]  # one of each class
-        save(AttentionDisplay.from_estimator(clf, X_test[shown], y_test[shown], class_names=names), file)
+        display = AttentionDisplay.from_estimator(
+            clf, X_test[shown], y_test[shown], class_names=names, evidence="occlusion"
+        )
+        save(display, file)
 
         on_cell = cells.masks[n_train:].reshape(len(X_test), -1) > 0
         pixels = clf.attention_maps(X_test).pixels

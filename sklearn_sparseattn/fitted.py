@@ -278,7 +278,7 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
         classes = self._classes_to_explain(images, y)
         return evidence_maps(self.network_, images, PixelScale(self.data_range_), classes)
 
-    def occlusion_maps(self, X, y=None, *, grid=8, n_masks=400):
+    def occlusion_maps(self, X, y=None, *, grid=8, n_masks=1000):
         r"""Show what the answer rests on, by trial: what it becomes as parts of an image are covered.
 
         The surest of the maps, and the slowest: every image is classified `n_masks` times.
@@ -292,14 +292,13 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
             `predict` gives.
         grid : int, default=8
             An image is divided into `grid` by `grid` fields, fewer where it has not so many pixels.
-        n_masks : int, default=400
+        n_masks : int, default=1000
             How often each image is classified, with other fields covered; an odd number is rounded up.
 
         Returns
         -------
         ndarray of shape (n, H, W)
-            Positive for the class, negative against it, equal within a field; float64 or float32 as X is,
-            float32 for other dtypes.
+            Positive for the class, negative against it; float64 or float32 as X is, float32 for other dtypes.
 
         Raises
         ------
@@ -313,16 +312,19 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
 
         Notes
         -----
-        With the log-odds :math:`l = \log \frac{p_y}{1 - p_y}` and masks m that are 1 where a field is left
-        and 0 where it has the colour of the background, the effects :math:`\beta` of the fields minimise
+        With the probability p of the class, and masks m that are 1 where a field is left and 0 where it has
+        the colour of the background, the effects :math:`\beta` of the fields minimise
 
         .. math::
-            \sum_m \Big( l(m) - \alpha - \sum_f \beta_f m_f \Big)^2 + 2 \sum_f \beta_f^2 ,
+            \sum_m \Big( p(m) - \alpha - \sum_f \beta_f m_f \Big)^2 + 2 \sum_f \beta_f^2 ,
 
         a linear stand-in for the network around one image [1]_. From a tenth to nine tenths of the fields are
         left, at random, and then just the others; the masks are the same for all images and calls. The
-        background is the median along the sides of the image. What counts together is shared among its
-        fields; a field smaller than what the network needs to see has little effect by itself.
+        background is the median along the sides of the image.
+
+        A pixel has the effect of its field times its own distance from the background (mean over the
+        channels; 1 for the farthest of the image): what is as empty as its cover is not changed by it.
+        What counts together is shared among its fields.
 
         References
         ----------

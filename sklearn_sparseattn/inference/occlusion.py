@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
-from torch.nn import functional as F
+from torch import softmax
 
 from ..images import ImageRows, ImageShape
 from ..network import SparseAttnOutput
@@ -127,32 +126,27 @@ def maskings(n_fields: int, n_masks: int) -> npt.NDArray[np.bool_]:
     return np.concatenate([shown, ~shown])
 
 
-def log_odds(logits: Tensor, label: int) -> np.ndarray:
-    """Log-odds of a class against all others.
+def contrast_of(image: np.ndarray) -> npt.NDArray[np.float64]:
+    """How far each pixel is from the background: covering it changes so much of the image.
 
     Parameters
     ----------
-    logits : Tensor of shape (n, n_classes)
-        Of any images.
-    label : int
-        Number of the class.
+    image : ndarray of shape (H, W, C)
+        In any dtype.
 
     Returns
     -------
-    ndarray of shape (n,), float64
-        Zeros if there is no other class.
+    ndarray of shape (H, W), float64
+        1 at the farthest pixel; zeros if there is only background.
     """
-    if logits.shape[1] == 1:
-        return np.zeros(len(logits))
-    others = F.one_hot(logits.new_tensor([label]).long(), logits.shape[1]).bool()
-    logits = logits.double()
-    return (logits[:, label] - logits.masked_fill(others, -np.inf).logsumexp(1)).numpy()
+    distance = np.abs(image.astype(np.float64) - background_of(image).astype(np.float64)).mean(axis=2)
+    return distance / (distance.max() or 1.0)
 
 
 def occlusion_maps(
     run: Run, images: ImageRows, classes: npt.NDArray[np.int64], *, grid: int, n_masks: int
 ) -> np.ndarray:
-    """Find the effect of each field on the log-odds of a class, by least squares over many maskings.
+    """Find the effect of each field on the probability of a class, by least squares over many maskings.
 
     Parameters
     ----------
@@ -170,7 +164,8 @@ def occlusion_maps(
     Returns
     -------
     ndarray of shape (n, H, W)
-        Signed, equal within a field; float64 or float32 as the images are, float32 for other dtypes.
+        Signed: the effect of a pixel's field, times the contrast of the pixel. float64 or float32 as the
+        images are, float32 for other dtypes.
     """
     fields = fields_of(images.image_shape, grid)
     shown = maskings(int(fields[-1, -1]) + 1, n_masks)
@@ -179,7 +174,12 @@ def occlusion_maps(
     solution = np.linalg.solve(squares, deviation.T)
     maps = np.empty((len(images), *fields.shape), dtype=images.float_dtype)
     for i, label in enumerate(classes):
-        covered = CoveredImage(images.read(slice(i, i + 1))[0], fields, shown)
-        answers = np.concatenate([log_odds(output.logits, label) for _, output in run(covered)])
-        maps[i] = (solution @ (answers - answers.mean()))[fields]
+        image = images.read(slice(i, i + 1))[0]
+        answers = np.concatenate(
+            [
+                softmax(output.logits.double(), dim=1)[:, label].numpy()
+                for _, output in run(CoveredImage(image, fields, shown))
+            ]
+        )
+        maps[i] = (solution @ (answers - answers.mean()))[fields] * contrast_of(image)
     return maps
