@@ -24,8 +24,8 @@
 /* ---- what engine.py fills in, with the same fields in the same order ---- */
 
 typedef struct {
-    int32_t n_inputs, n_outputs, stride; /* n_outputs padded */
-    const float *weight, *factor, *bias; /* the latter are batch norm */
+    int32_t n_inputs, n_outputs, stride;  /* n_outputs padded */
+    const double *weight, *factor, *bias; /* the latter are batch norm */
 } Stage;
 
 typedef struct {
@@ -35,8 +35,9 @@ typedef struct {
     int32_t n_stages, has_context, normalizes;
     int32_t shifts[N_CONTEXT]; /* a cell lies over every 2^shift-th pixel */
     float key_epsilon, norm_epsilon, margin;
+    double background;
     Stage stages[N_STAGES];
-    const float *bytes;                            /* what the values of a uint8 image are scaled to */
+    const double *bytes;                           /* what the values of a uint8 image are, over the background */
     const float *score;                            /* of the channels of the middle stage, then the bias */
     const float *position;                         /* (2 + n_channels, embed_dim), then the bias */
     const float *depthwise[N_CONTEXT];             /* 3x3 convolutions of each channel by itself; or NULL: then */
@@ -70,8 +71,15 @@ typedef struct {
     float *frame, *cell; /* the corner of the frame, and the first cell inside */
 } Map;
 
+/* Its numbers, less the background. */
 typedef struct {
-    Map image, maps[N_STAGES];
+    size_t pitch;
+    double *frame, *cell;
+} Image;
+
+typedef struct {
+    Image image;
+    Map maps[N_STAGES];
     float *cell_scores, *cell_row, *scores, *ranks, *candidates;
     float *context[N_CONTEXT];                   /* of the cells of a band, where they are wanted */
     char *is_wanted[N_CONTEXT];
@@ -89,11 +97,18 @@ static Map take_map(size_t *used, char *memory, int32_t rows, int32_t columns, i
     return map;
 }
 
+static Image take_image(size_t *used, char *memory, int32_t rows, int32_t columns, int32_t channels) {
+    Image image = {(size_t)(columns + 2 + 2 * LANES) * channels, NULL, NULL};
+    image.frame = take(used, memory, image.pitch * (rows + 2) * sizeof(double));
+    image.cell = image.frame ? image.frame + image.pitch + channels : NULL;
+    return image;
+}
+
 /* Lay everything out in `memory`; NULL only tells the bytes. */
 static size_t lay_out(const Plan *plan, Scratch *scratch, char *memory) {
     size_t used = 0, n_pixels = (size_t)plan->height * plan->width, k = plan->k + BLOCK + LANES;
     int32_t rows = plan->height, columns = plan->width;
-    scratch->image = take_map(&used, memory, rows, columns, plan->n_channels);
+    scratch->image = take_image(&used, memory, rows, columns, plan->n_channels);
     for (int s = 0; s < plan->n_stages; s++) {
         const Stage *stage = &plan->stages[s];
         rows = (rows - 1) / stage->stride + 1;
@@ -154,37 +169,47 @@ INLINE lanes sigmoid(lanes x) {
 
 /* ---- coarse network ---- */
 
-/* Outputs from `first` on, of one stage. */
-INLINE void convolve_lanes(const Map *in, const Map *out, const Stage *stage, int32_t first, int n_columns,
-                           int n_lanes) {
-    static const float none[MOST_SUMS * LANES];
-    size_t step = (size_t)stage->stride * in->channels, apart[MOST_SUMS];
-    UNROLL for (int c = 0; c < n_columns; c++) apart[c] = c * step;
+/* Outputs from `first` on, of one stage. Its input is a frame of doubles or of floats, the other is NULL. The sums are
+   in float64: scores can be a hundred times as large as the differences that choose pixels. */
+INLINE void convolve_lanes(const double *image, const float *map, size_t pitch, size_t channels, const Map *out,
+                           const Stage *stage, int32_t first, int n_columns, int n_lanes) {
+    size_t apart = stage->stride * channels;
     for (int32_t i = 0; i < out->rows; i++) {
-        const float *input = in->frame + i * stage->stride * in->pitch;
         float *output = out->cell + i * out->pitch + first;
         for (int32_t j = 0; j < out->columns; j += n_columns) {
-            lanes sums[MOST_SUMS];
-            multiply(input + j * step, apart, in->pitch, in->channels, 3, stage->n_inputs, stage->weight + first,
-                     stage->n_outputs, none, n_columns, n_lanes, sums);
+            const double *weight = stage->weight + first;
+            doubles sums[MOST_SUMS / 2]; /* twice as long as vectors of floats */
+            UNROLL for (int s = 0; s < n_columns * n_lanes; s++) sums[s] = (doubles){0};
+            for (int tap = 0; tap < 9; tap++) {
+                size_t at = (i * stage->stride + tap / 3) * pitch + j * apart + tap % 3 * channels;
+                for (int32_t n = 0; n < stage->n_inputs; n++, at++, weight += stage->n_outputs)
+                    UNROLL for (int c = 0; c < n_columns; c++) {
+                        double value = image ? image[at + c * apart] : map[at + c * apart];
+                        UNROLL for (int l = 0; l < n_lanes; l++)
+                            sums[c * n_lanes + l] += value * load_doubles(weight + l * LANES);
+                    }
+            }
             UNROLL for (int c = 0; c < n_columns; c++)
                 UNROLL for (int l = 0; l < n_lanes; l++) {
-                    lanes sum = sums[c * n_lanes + l] * load(stage->factor + first + l * LANES) +
-                                load(stage->bias + first + l * LANES);
+                    doubles sum = sums[c * n_lanes + l] * load_doubles(stage->factor + first + l * LANES) +
+                                  load_doubles(stage->bias + first + l * LANES);
                     if (j + c < out->columns)
-                        store(output + (size_t)(j + c) * out->channels + l * LANES, rectified(sum));
+                        store(output + (size_t)(j + c) * out->channels + l * LANES,
+                              rectified(__builtin_convertvector(sum, lanes)));
                 }
         }
     }
 }
 
-/* 3x3 convolution, batch norm and ReLU. Norms are not folded in here: where they magnify, the rounding of the folded
-   weights, the same in all cells, would be most of the error. */
-INLINE void convolve(const Map *in, const Map *out, const Stage *stage) {
+/* 3x3 convolution, batch norm and ReLU. */
+INLINE void convolve(const double *image, const float *map, size_t pitch, size_t channels, const Map *out,
+                     const Stage *stage) {
     int32_t first = 0, left = stage->n_outputs / LANES;
-    for (; left >= 5 || left == 3; left -= 3, first += 3 * LANES) convolve_lanes(in, out, stage, first, 4, 3);
-    for (; left >= 2; left -= 2, first += 2 * LANES) convolve_lanes(in, out, stage, first, 6, 2);
-    if (left) convolve_lanes(in, out, stage, first, 8, 1);
+    for (; left >= 5 || left == 3; left -= 3, first += 3 * LANES)
+        convolve_lanes(image, map, pitch, channels, out, stage, first, 2, 3);
+    for (; left >= 2; left -= 2, first += 2 * LANES)
+        convolve_lanes(image, map, pitch, channels, out, stage, first, 3, 2);
+    if (left) convolve_lanes(image, map, pitch, channels, out, stage, first, 6, 1);
 }
 
 /* Mean and maximum of each channel: (2 * n). */
@@ -398,7 +423,7 @@ INLINE void make_some_tokens(const Plan *plan, const Scratch *scratch, int32_t b
     for (int32_t t = begin; t < end; t++) {
         int32_t row = scratch->rows[t], column = scratch->columns[t];
         float x = (2 * column + 1.0f) / plan->width - 1, y = (2 * row + 1.0f) / plan->height - 1;
-        const float *values = scratch->image.cell + row * scratch->image.pitch + (size_t)column * plan->n_channels;
+        const double *values = scratch->image.cell + row * scratch->image.pitch + (size_t)column * plan->n_channels;
         const float *context[N_CONTEXT];
         for (int m = 0; m < N_CONTEXT && plan->has_context; m++)
             context[m] = scratch->context[m] + (size_t)scratch->cells[m][t] * plan->embed_dim;
@@ -407,7 +432,7 @@ INLINE void make_some_tokens(const Plan *plan, const Scratch *scratch, int32_t b
             const float *factors = weight + l * LANES;
             lanes sum = load(bias + l * LANES) + x * load(factors) + y * load(factors + plan->embed_dim);
             for (int32_t c = 0; c < plan->n_channels; c++)
-                sum += values[c] * load(factors + (size_t)(2 + c) * plan->embed_dim);
+                sum += (float)values[c] * load(factors + (size_t)(2 + c) * plan->embed_dim);
             if (plan->has_context) {
                 for (int m = 0; m < N_CONTEXT; m++) sum += load(context[m] + l * LANES);
                 store(token + l * LANES, rectified(sum) * scratch->gates[t]);
@@ -591,15 +616,16 @@ INLINE int classify(const Plan *plan, const Scratch *scratch, const float *featu
 /* ---- images ---- */
 
 /* (height, width, channels) of uint8, or (channels, height, width) already scaled, into the frame. */
-INLINE void read_image(const Plan *plan, const Map *image, const uint8_t *bytes, const float *scaled) {
+INLINE void read_image(const Plan *plan, const Image *image, const uint8_t *bytes, const float *scaled) {
     size_t n = plan->n_channels, width = plan->width;
     for (int32_t i = 0; i < plan->height; i++) {
-        float *to = image->cell + i * image->pitch;
+        double *to = image->cell + i * image->pitch;
         if (bytes)
             for (size_t j = 0; j < width * n; j++) to[j] = plan->bytes[bytes[i * width * n + j]];
         else
             for (size_t c = 0; c < n; c++)
-                for (size_t j = 0; j < width; j++) to[j * n + c] = scaled[(c * plan->height + i) * width + j];
+                for (size_t j = 0; j < width; j++)
+                    to[j * n + c] = scaled[(c * plan->height + i) * width + j] - plan->background;
     }
 }
 
@@ -612,12 +638,11 @@ INLINE double now(const Results *results) {
 INLINE int run_image(const Plan *plan, const Scratch *scratch, const Results *results, float *features,
                      float *logits, float *attention) {
     double times[N_PARTS + 1] = {now(results)};
-    const Map *in = &scratch->image;
-    for (int s = 0; s < plan->n_stages; s++) {
-        convolve(in, &scratch->maps[s], &plan->stages[s]);
-        in = &scratch->maps[s];
-    }
-    pool(in, plan->n_pooled / 2, features + plan->n_embed);
+    const Map *map = scratch->maps;
+    convolve(scratch->image.frame, NULL, scratch->image.pitch, plan->n_channels, map, plan->stages);
+    for (int s = 1; s < plan->n_stages; s++, map++)
+        convolve(NULL, map->frame, map->pitch, map->channels, map + 1, &plan->stages[s]);
+    pool(map, plan->n_pooled / 2, features + plan->n_embed);
     if (score(plan, scratch)) return 1;
     times[1] = now(results);
     if (plan->turns) rank_pixels(plan, scratch);

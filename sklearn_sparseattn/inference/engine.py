@@ -46,6 +46,7 @@ class _Plan(ctypes.Structure):
         *_fields(ctypes.c_int32, "n_stages", "has_context", "normalizes"),
         ("shifts", ctypes.c_int32 * _N_CONTEXT),
         *_fields(ctypes.c_float, "key_epsilon", "norm_epsilon", "margin"),
+        ("background", ctypes.c_double),
         ("stages", _Stage * _MOST_STAGES),
         *_fields(ctypes.c_void_p, "bytes", "score", "position"),
         ("depthwise", ctypes.c_void_p * _N_CONTEXT),
@@ -102,7 +103,7 @@ class Engine:
     def __init__(self, network: SparseAttnNet, image_shape: ImageShape, scale: PixelScale) -> None:
         self._kept: list[np.ndarray] = []  # alive as long as the plan that points to them
         self._scale = scale
-        self._background = np.float32(network.coarse.background)
+        self._background = float(network.coarse.background)
         self._image_shape = image_shape
         self.seconds = np.zeros(len(PARTS))
         self._plan = self._make_plan(network)
@@ -179,7 +180,6 @@ class Engine:
             given: tuple[int | None, int | None] = (images.ctypes.data, None)
         else:
             images = self._scale.finite(images)
-            images -= self._background
             given = (None, images.ctypes.data)
         if _LIBRARY.sparseattn_run(ctypes.addressof(plan), *given, n, ctypes.addressof(results)):
             raise MemoryError(f"no memory to run a network on images of {self._image_shape}")
@@ -187,9 +187,11 @@ class Engine:
 
     # ---- the plan ----
 
-    def _keep(self, values: Any, *, rows: int | None = None, columns: int | None = None) -> int:
-        """Address of a float32 copy, its last two axes filled up with zeros."""
-        array = np.asarray(values, dtype=np.float32)
+    def _keep(
+        self, values: Any, *, rows: int | None = None, columns: int | None = None, dtype: Any = np.float32
+    ) -> int:
+        """Address of a copy, its last two axes filled up with zeros."""
+        array = np.asarray(values, dtype=dtype)
         padding = [(0, 0)] * array.ndim
         if columns is not None:
             padding[-1] = (0, columns - array.shape[-1])
@@ -223,7 +225,8 @@ class Engine:
         with np.errstate(over="ignore"):
             bytes_scaled = self._scale(np.arange(256, dtype=np.uint8).reshape(1, 256, 1, 1))
         self._bytes_are_finite = bool(np.isfinite(bytes_scaled).all())
-        plan.bytes = self._keep(bytes_scaled.ravel() - self._background)
+        plan.background = self._background
+        plan.bytes = self._keep(bytes_scaled.ravel().astype(float) - self._background, dtype=np.float64)
         self._put_coarse(plan, network.coarse)
         self._put_tokens(plan, network)
         self._put_attention(plan, network)
@@ -236,9 +239,8 @@ class Engine:
             weight = _array(convolution.weight)
             stage.n_inputs, stage.n_outputs = weight.shape[1], _round_up(len(weight))
             stage.stride = convolution.stride[0]
-            stage.weight = self._keep(_by_position(weight), columns=stage.n_outputs)
-            stage.factor = self._keep(factor, columns=stage.n_outputs)
-            stage.bias = self._keep(offset, columns=stage.n_outputs)
+            for name, values in {"weight": _by_position(weight), "factor": factor, "bias": offset}.items():
+                setattr(stage, name, self._keep(values, columns=stage.n_outputs, dtype=np.float64))
         weight = np.pad(_array(coarse.score.weight).ravel(), (0, plan.stages[1].n_outputs))
         n_middle = plan.stages[1].n_outputs
         plan.score = self._keep(np.append(weight[:n_middle], _array(coarse.score.bias)))

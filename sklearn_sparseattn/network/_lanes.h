@@ -13,6 +13,7 @@
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef double doubles __attribute__((vector_size(8 * LANES)));
+typedef double near_doubles __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
 typedef int32_t whole_lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -35,6 +36,7 @@ const char *sparseattn_sources(void) { return SPARSEATTN_SOURCES; }
 #endif
 
 INLINE lanes load(const float *from) { return *(const lanes *)from; }
+INLINE doubles load_doubles(const double *from) { return *(const near_doubles *)from; }
 INLINE void store(float *to, lanes value) { *(lanes *)to = value; }
 INLINE lanes rectified(lanes value) { return (lanes)((whole_lanes)value & (value > 0)); }
 

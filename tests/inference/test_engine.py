@@ -352,3 +352,19 @@ def test_an_error_in_a_thread_comes_out_and_stops_the_rest(n_threads):
     with pytest.raises(OSError, match="the disk is gone"):
         list(run(Engine.of(network, shape, BYTES), network, images, BYTES, n_threads=n_threads))
     assert len(read) <= 6
+
+
+@pytest.mark.parametrize("seed", [1, 3, 4])
+def test_large_scores_are_as_exact_as_float32_holds_them(seed):
+    """Of noise, on which scores are far larger than on any cell; a float32 near 95 is rounded by 3.8e-6."""
+    image_shape = (135, 135, 1)
+    network, images = make_network(image_shape, 2146, seed=seed), make_images("noise", 20, image_shape)
+    with torch.no_grad():
+        network.coarse.early[1].running_var.fill_(1e-3)  # as after a short fit to dark images
+        found = Engine.of(network, image_shape, BYTES).run(images, maps=True)
+        largest = reference(network, images, found["pixels"]).scores.abs().max()
+        network.coarse.score.weight.mul_(95 / largest)
+    found = Engine.of(network, image_shape, BYTES).run(images, maps=True)
+    expected = reference(network, images, found["pixels"]).scores.flatten(1).numpy()
+    assert 80 < np.abs(expected).max() < 110
+    np.testing.assert_allclose(found["scores"], expected, rtol=0, atol=1e-5)
