@@ -24,7 +24,7 @@
 /* ---- what engine.py fills in, with the same fields in the same order ---- */
 
 typedef struct {
-    int32_t n_inputs, n_outputs, stride;  /* n_outputs padded */
+    int32_t n_inputs, n_outputs, stride;  /* padded, but for the channels of the image */
     const double *weight, *factor, *bias; /* the latter are batch norm */
 } Stage;
 
@@ -80,6 +80,7 @@ typedef struct {
 typedef struct {
     Image image;
     Map maps[N_STAGES];
+    double *map_rows; /* three of them */
     float *cell_scores, *cell_row, *scores, *ranks, *candidates;
     float *context[N_CONTEXT];                   /* of the cells of a band, where they are wanted */
     char *is_wanted[N_CONTEXT];
@@ -115,6 +116,10 @@ static size_t lay_out(const Plan *plan, Scratch *scratch, char *memory) {
         columns = (columns - 1) / stage->stride + 1;
         scratch->maps[s] = take_map(&used, memory, rows, columns, stage->n_outputs);
     }
+    size_t longest = 0;
+    for (int s = 0; s < plan->n_stages; s++)
+        longest = scratch->maps[s].pitch > longest ? scratch->maps[s].pitch : longest;
+    scratch->map_rows = take(&used, memory, 3 * longest * sizeof(double));
     const Map *middle = &scratch->maps[1];
     scratch->cell_scores = take_floats(&used, memory, (size_t)middle->rows * middle->columns);
     scratch->cell_row = take_floats(&used, memory, 2 * (middle->columns + 1));
@@ -169,47 +174,51 @@ INLINE lanes sigmoid(lanes x) {
 
 /* ---- coarse network ---- */
 
-/* Outputs from `first` on, of one stage. Its input is a frame of doubles or of floats, the other is NULL. The sums are
-   in float64: scores can be a hundred times as large as the differences that choose pixels. */
-INLINE void convolve_lanes(const double *image, const float *map, size_t pitch, size_t channels, const Map *out,
+/* One row of the outputs from `first` on, of a stage, from three rows of its input. The sums are in float64: scores can
+   be a hundred times as large as the differences that choose pixels. */
+INLINE void convolve_lanes(const double *const *input, size_t channels, float *output, const Map *out,
                            const Stage *stage, int32_t first, int n_columns, int n_lanes) {
     size_t apart = stage->stride * channels;
-    for (int32_t i = 0; i < out->rows; i++) {
-        float *output = out->cell + i * out->pitch + first;
-        for (int32_t j = 0; j < out->columns; j += n_columns) {
-            const double *weight = stage->weight + first;
-            doubles sums[MOST_SUMS / 2]; /* twice as long as vectors of floats */
-            UNROLL for (int s = 0; s < n_columns * n_lanes; s++) sums[s] = (doubles){0};
-            for (int tap = 0; tap < 9; tap++) {
-                size_t at = (i * stage->stride + tap / 3) * pitch + j * apart + tap % 3 * channels;
-                for (int32_t n = 0; n < stage->n_inputs; n++, at++, weight += stage->n_outputs)
-                    UNROLL for (int c = 0; c < n_columns; c++) {
-                        double value = image ? image[at + c * apart] : map[at + c * apart];
-                        UNROLL for (int l = 0; l < n_lanes; l++)
-                            sums[c * n_lanes + l] += value * load_doubles(weight + l * LANES);
-                    }
+    for (int32_t j = 0; j < out->columns; j += n_columns) {
+        const double *weight = stage->weight + first;
+        doubles sums[MOST_SUMS / 2]; /* twice as long as vectors of floats */
+        UNROLL for (int s = 0; s < n_columns * n_lanes; s++) sums[s] = (doubles){0};
+        for (int row = 0; row < 3; row++)
+            for (const double *cell = input[row] + j * apart, *end = cell + 3 * channels; cell < end; cell++) {
+                UNROLL for (int c = 0; c < n_columns; c++)
+                    UNROLL for (int l = 0; l < n_lanes; l++)
+                        sums[c * n_lanes + l] += cell[c * apart] * load_doubles(weight + l * LANES);
+                weight += stage->n_outputs;
             }
-            UNROLL for (int c = 0; c < n_columns; c++)
-                UNROLL for (int l = 0; l < n_lanes; l++) {
-                    doubles sum = sums[c * n_lanes + l] * load_doubles(stage->factor + first + l * LANES) +
-                                  load_doubles(stage->bias + first + l * LANES);
-                    if (j + c < out->columns)
-                        store(output + (size_t)(j + c) * out->channels + l * LANES,
-                              rectified(__builtin_convertvector(sum, lanes)));
-                }
-        }
+        UNROLL for (int c = 0; c < n_columns; c++)
+            UNROLL for (int l = 0; l < n_lanes; l++) {
+                doubles sum = sums[c * n_lanes + l] * load_doubles(stage->factor + first + l * LANES) +
+                              load_doubles(stage->bias + first + l * LANES);
+                if (j + c < out->columns)
+                    store(output + first + (size_t)(j + c) * out->channels + l * LANES,
+                          rectified(__builtin_convertvector(sum, lanes)));
+            }
     }
 }
 
-/* 3x3 convolution, batch norm and ReLU. */
-INLINE void convolve(const double *image, const float *map, size_t pitch, size_t channels, const Map *out,
-                     const Stage *stage) {
-    int32_t first = 0, left = stage->n_outputs / LANES;
-    for (; left >= 5 || left == 3; left -= 3, first += 3 * LANES)
-        convolve_lanes(image, map, pitch, channels, out, stage, first, 2, 3);
-    for (; left >= 2; left -= 2, first += 2 * LANES)
-        convolve_lanes(image, map, pitch, channels, out, stage, first, 3, 2);
-    if (left) convolve_lanes(image, map, pitch, channels, out, stage, first, 6, 1);
+/* 3x3 convolution, batch norm and ReLU, of the image or, if that is NULL, of the map of the stage before. */
+INLINE void convolve(const Image *image, const Map *map, double *rows, const Map *out, const Stage *stage) {
+    size_t channels = stage->n_inputs, pitch = image ? image->pitch : map->pitch;
+    for (int32_t i = 0; i < out->rows; i++) {
+        size_t start = (size_t)i * stage->stride * pitch;
+        const double *input[3];
+        for (int row = 0; row < 3; row++, start += pitch) {
+            input[row] = image ? image->frame + start : rows + row * pitch;
+            for (size_t n = 0; n < pitch && !image; n++) rows[row * pitch + n] = map->frame[start + n];
+        }
+        float *output = out->cell + i * out->pitch;
+        int32_t first = 0, left = stage->n_outputs / LANES;
+        for (; left >= 5 || left == 3; left -= 3, first += 3 * LANES)
+            convolve_lanes(input, channels, output, out, stage, first, 2, 3);
+        for (; left >= 2; left -= 2, first += 2 * LANES)
+            convolve_lanes(input, channels, output, out, stage, first, 3, 2);
+        if (left) convolve_lanes(input, channels, output, out, stage, first, 6, 1);
+    }
 }
 
 /* Mean and maximum of each channel: (2 * n). */
@@ -639,9 +648,9 @@ INLINE int run_image(const Plan *plan, const Scratch *scratch, const Results *re
                      float *logits, float *attention) {
     double times[N_PARTS + 1] = {now(results)};
     const Map *map = scratch->maps;
-    convolve(scratch->image.frame, NULL, scratch->image.pitch, plan->n_channels, map, plan->stages);
+    convolve(&scratch->image, NULL, NULL, map, plan->stages);
     for (int s = 1; s < plan->n_stages; s++, map++)
-        convolve(NULL, map->frame, map->pitch, map->channels, map + 1, &plan->stages[s]);
+        convolve(NULL, map, scratch->map_rows, map + 1, &plan->stages[s]);
     pool(map, plan->n_pooled / 2, features + plan->n_embed);
     if (score(plan, scratch)) return 1;
     times[1] = now(results);

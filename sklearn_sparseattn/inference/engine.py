@@ -234,13 +234,16 @@ class Engine:
         return plan
 
     def _put_coarse(self, plan: _Plan, coarse: CoarseAttention) -> None:
+        n_inputs = plan.n_channels
         for stage, (convolution, norm, _) in zip(plan.stages, _stages(coarse), strict=False):
             factor, offset = _as_affine(norm)
             weight = _array(convolution.weight)
-            stage.n_inputs, stage.n_outputs = weight.shape[1], _round_up(len(weight))
+            stage.n_inputs, stage.n_outputs = n_inputs, _round_up(len(weight))
             stage.stride = convolution.stride[0]
-            for name, values in {"weight": _by_position(weight), "factor": factor, "bias": offset}.items():
-                setattr(stage, name, self._keep(values, columns=stage.n_outputs, dtype=np.float64))
+            filled: dict[str, Any] = {"columns": stage.n_outputs, "dtype": np.float64}
+            stage.weight = self._keep(_by_position(weight), rows=n_inputs, **filled)
+            stage.factor, stage.bias = self._keep(factor, **filled), self._keep(offset, **filled)
+            n_inputs = stage.n_outputs
         weight = np.pad(_array(coarse.score.weight).ravel(), (0, plan.stages[1].n_outputs))
         n_middle = plan.stages[1].n_outputs
         plan.score = self._keep(np.append(weight[:n_middle], _array(coarse.score.bias)))
