@@ -324,7 +324,8 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
 
         A pixel has the effect of its field times its own distance from the background (mean over the
         channels; 1 for the farthest of the image): what is as empty as its cover is not changed by it.
-        What counts together is shared among its fields.
+        What counts together is shared among its fields. Where the background is of more than one colour, as
+        the fringes of a hologram, covered fields are something that the network has not seen.
 
         References
         ----------
