@@ -281,7 +281,7 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
     def occlusion_maps(self, X, y=None, *, grid=8, n_masks=1000):
         r"""Show what the answer rests on, by trial: what it becomes as parts of an image are covered.
 
-        The surest of the maps, and the slowest: every image is classified `n_masks` times.
+        The slowest of the maps: every image is classified `n_masks` times.
 
         Parameters
         ----------
@@ -335,7 +335,9 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
             check_scalar(value, name, Integral, min_val=1)
         images = self._check_images(X)
         classes = self._classes_to_explain(images, y)
-        return occlusion_maps(self._run, images, classes, grid=int(grid), n_masks=int(n_masks))
+        return occlusion_maps(
+            self._run, images, classes, n_classes=len(self.classes_), grid=int(grid), n_masks=int(n_masks)
+        )
 
     def _classes_to_explain(self, images: ImageRows, y) -> np.ndarray:
         """Their numbers, one for each image: of the labels given, or as predicted."""

@@ -267,6 +267,7 @@ def test_evidence_by_occlusion():
     display = AttentionDisplay.from_estimator(clf, X, y, max_images=2, evidence="occlusion")
     for axis, values in zip(display.axes_[:, 4], clf.occlusion_maps(X[:2]), strict=True):
         np.testing.assert_array_equal(shown(axis), values)
+    AttentionDisplay.from_estimator(clf, X, max_images=1).plot()
     with pytest.raises(ValueError, match="evidence='occlude' must be True, False or 'occlusion'"):
         AttentionDisplay.from_estimator(clf, X, y, evidence="occlude")
 

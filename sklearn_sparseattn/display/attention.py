@@ -96,7 +96,7 @@ class AttentionDisplay:
             Names to show instead of the labels, in the order of ``estimator.classes_``.
         evidence : bool or "occlusion", default=False
             Whether to show what the answer rests on, too: True is ``evidence_maps`` of the estimator, what
-            each pixel added, "occlusion" its ``occlusion_maps``, surer, coarser and slower.
+            each pixel added, "occlusion" its ``occlusion_maps``, found by trial, which takes longer.
         ax : array of matplotlib Axes of shape (n, 4), with evidence (n, 5), default=None
             Where to draw. None makes a figure.
 
@@ -114,13 +114,15 @@ class AttentionDisplay:
             another word.
         """
         check_matplotlib(cls.__name__)
-        if evidence not in (False, True, "occlusion"):
+        methods = {False: None, True: "evidence_maps", "occlusion": "occlusion_maps"}
+        if evidence not in methods:
             raise ValueError(f"evidence={evidence!r} must be True, False or 'occlusion'.")
         X = take_rows(X, slice(max_images))
-        explain = estimator.occlusion_maps if evidence == "occlusion" else estimator.evidence_maps
+        method = methods[evidence]
+        explained = {} if method is None else {"evidence": getattr(estimator, method)(X)}
         return cls.from_maps(
             _as_pictures(X, estimator.image_shape_, estimator.data_range_),
-            {**estimator.attention_maps(X), "evidence": explain(X) if evidence else None},
+            {**estimator.attention_maps(X), **explained},
             estimator.predict_proba(X),
             classes=estimator.classes_,
             y=None if y is None else np.asarray(y)[:max_images],

@@ -1,6 +1,7 @@
-/* SparseAttnNet run on images, one image at a time: float32, in memory that does not grow with their number.
+/* SparseAttnNet run on images, one image at a time, in memory that does not grow with their number. Numbers are float32;
+   the coarse stages and all that is pooled are summed in float64.
 
-   What is computed stands in network/; here is how, with the head's batch norms folded into the layers before them.
+   What is computed stands in network/; here is how, with batch norms folded into the layers before them.
    Plain C functions, called through ctypes with the interpreter lock released; the Python module in here is
    empty. Nothing is kept between calls, so any number of threads may call.
 
@@ -25,7 +26,7 @@
 
 typedef struct {
     int32_t n_inputs, n_outputs, stride;  /* padded, but for the channels of the image */
-    const double *weight, *factor, *bias; /* the latter are batch norm */
+    const double *weight, *bias;
 } Stage;
 
 typedef struct {
@@ -71,7 +72,7 @@ typedef struct {
     float *frame, *cell; /* the corner of the frame, and the first cell inside */
 } Map;
 
-/* Its numbers, less the background. */
+/* The image less the background, framed like a map. */
 typedef struct {
     size_t pitch;
     double *frame, *cell;
@@ -90,16 +91,20 @@ typedef struct {
     float *gates, *tokens, *keys, *contribution, *head;
 } Scratch;
 
+/* Numbers in a row of a frame. Convolutions take some columns at a time, and the last ones reach beyond the frame: less
+   than 2 * LANES cells, as there are at most 6 columns, at most 2 cells apart. */
+static size_t pitch_of(int32_t columns, int32_t channels) { return (size_t)(columns + 2 + 2 * LANES) * channels; }
+
 static Map take_map(size_t *used, char *memory, int32_t rows, int32_t columns, int32_t channels) {
     Map map = {rows, columns, channels, 0, NULL, NULL};
-    map.pitch = (size_t)(columns + 2 + 2 * LANES) * channels; /* at stride 2, 8 columns reach 16 further */
+    map.pitch = pitch_of(columns, channels);
     map.frame = take_floats(used, memory, map.pitch * (rows + 2));
     map.cell = map.frame ? map.frame + map.pitch + channels : NULL;
     return map;
 }
 
 static Image take_image(size_t *used, char *memory, int32_t rows, int32_t columns, int32_t channels) {
-    Image image = {(size_t)(columns + 2 + 2 * LANES) * channels, NULL, NULL};
+    Image image = {pitch_of(columns, channels), NULL, NULL};
     image.frame = take(used, memory, image.pitch * (rows + 2) * sizeof(double));
     image.cell = image.frame ? image.frame + image.pitch + channels : NULL;
     return image;
@@ -108,6 +113,7 @@ static Image take_image(size_t *used, char *memory, int32_t rows, int32_t column
 /* Lay everything out in `memory`; NULL only tells the bytes. */
 static size_t lay_out(const Plan *plan, Scratch *scratch, char *memory) {
     size_t used = 0, n_pixels = (size_t)plan->height * plan->width, k = plan->k + BLOCK + LANES;
+    size_t longest = 0; /* row of a map */
     int32_t rows = plan->height, columns = plan->width;
     scratch->image = take_image(&used, memory, rows, columns, plan->n_channels);
     for (int s = 0; s < plan->n_stages; s++) {
@@ -115,10 +121,8 @@ static size_t lay_out(const Plan *plan, Scratch *scratch, char *memory) {
         rows = (rows - 1) / stage->stride + 1;
         columns = (columns - 1) / stage->stride + 1;
         scratch->maps[s] = take_map(&used, memory, rows, columns, stage->n_outputs);
-    }
-    size_t longest = 0;
-    for (int s = 0; s < plan->n_stages; s++)
         longest = scratch->maps[s].pitch > longest ? scratch->maps[s].pitch : longest;
+    }
     scratch->map_rows = take(&used, memory, 3 * longest * sizeof(double));
     const Map *middle = &scratch->maps[1];
     scratch->cell_scores = take_floats(&used, memory, (size_t)middle->rows * middle->columns);
@@ -182,7 +186,9 @@ INLINE void convolve_lanes(const double *const *input, size_t channels, float *o
     for (int32_t j = 0; j < out->columns; j += n_columns) {
         const double *weight = stage->weight + first;
         doubles sums[MOST_SUMS / 2]; /* twice as long as vectors of floats */
-        UNROLL for (int s = 0; s < n_columns * n_lanes; s++) sums[s] = (doubles){0};
+        UNROLL for (int c = 0; c < n_columns; c++)
+            UNROLL for (int l = 0; l < n_lanes; l++)
+                sums[c * n_lanes + l] = load_doubles(stage->bias + first + l * LANES);
         for (int row = 0; row < 3; row++)
             for (const double *cell = input[row] + j * apart, *end = cell + 3 * channels; cell < end; cell++) {
                 UNROLL for (int c = 0; c < n_columns; c++)
@@ -191,13 +197,10 @@ INLINE void convolve_lanes(const double *const *input, size_t channels, float *o
                 weight += stage->n_outputs;
             }
         UNROLL for (int c = 0; c < n_columns; c++)
-            UNROLL for (int l = 0; l < n_lanes; l++) {
-                doubles sum = sums[c * n_lanes + l] * load_doubles(stage->factor + first + l * LANES) +
-                              load_doubles(stage->bias + first + l * LANES);
+            UNROLL for (int l = 0; l < n_lanes; l++)
                 if (j + c < out->columns)
                     store(output + first + (size_t)(j + c) * out->channels + l * LANES,
-                          rectified(__builtin_convertvector(sum, lanes)));
-            }
+                          rectified(__builtin_convertvector(sums[c * n_lanes + l], lanes)));
     }
 }
 
@@ -247,7 +250,8 @@ INLINE void pool(const Map *map, int32_t n, float *pooled) {
 INLINE int score(const Plan *plan, const Scratch *scratch) {
     const Map *middle = &scratch->maps[1];
     int32_t rows = middle->rows, columns = middle->columns, step = 1 << plan->shifts[1];
-    float *cell_score = scratch->cell_scores, largest = 0;
+    float *cell_score = scratch->cell_scores;
+    int finite = 1;
     for (int32_t i = 0; i < rows; i++)
         for (int32_t j = 0; j < columns; j++, cell_score++) {
             const float *cell = middle->cell + i * middle->pitch + (size_t)j * middle->channels;
@@ -258,10 +262,9 @@ INLINE int score(const Plan *plan, const Scratch *scratch) {
             double total = plan->score[middle->channels];
             for (int l = 0; l < LANES; l++) total += sum[l];
             *cell_score = total;
-            float size = fabsf(*cell_score);
-            largest = size <= largest ? largest : size; /* NaN stays */
+            finite &= fabsf(*cell_score) < 1e37f;
         }
-    if (!(largest < 1e37f)) return 1;
+    if (!finite) return 1;
 
     float *here = scratch->cell_row, *slope = here + columns, *to = scratch->scores;
     const four along = {0, 1.0f / 4, 2.0f / 4, 3.0f / 4};

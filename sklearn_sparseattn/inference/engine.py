@@ -34,7 +34,7 @@ def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
 class _Stage(ctypes.Structure):
     _fields_ = [
         *_fields(ctypes.c_int32, "n_inputs", "n_outputs", "stride"),
-        *_fields(ctypes.c_void_p, "weight", "factor", "bias"),
+        *_fields(ctypes.c_void_p, "weight", "bias"),
     ]
 
 
@@ -241,8 +241,8 @@ class Engine:
             stage.n_inputs, stage.n_outputs = n_inputs, _round_up(len(weight))
             stage.stride = convolution.stride[0]
             filled: dict[str, Any] = {"columns": stage.n_outputs, "dtype": np.float64}
-            stage.weight = self._keep(_by_position(weight), rows=n_inputs, **filled)
-            stage.factor, stage.bias = self._keep(factor, **filled), self._keep(offset, **filled)
+            stage.weight = self._keep(_by_position(weight) * factor, rows=n_inputs, **filled)
+            stage.bias = self._keep(offset, **filled)
             n_inputs = stage.n_outputs
         weight = np.pad(_array(coarse.score.weight).ravel(), (0, plan.stages[1].n_outputs))
         n_middle = plan.stages[1].n_outputs

@@ -1,18 +1,17 @@
 """Which parts of an image an answer rests on: what it becomes as parts of the image are covered."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-from torch import softmax
 
 from ..images import ImageRows, ImageShape
-from ..network import SparseAttnOutput
+from .results import Passes, probabilities
 
 _PENALTY = 2.0  # of the squared effects, beside the squared errors of all maskings
 _SHOWN = (0.1, 0.9)  # least and greatest share of the fields that are left in the image
 
-Run = Callable[[ImageRows], Iterator[tuple[slice, SparseAttnOutput]]]
+Run = Callable[[ImageRows], Passes]
 
 
 class CoveredImage(ImageRows):
@@ -139,12 +138,20 @@ def contrast_of(image: np.ndarray) -> npt.NDArray[np.float64]:
     ndarray of shape (H, W), float64
         1 at the farthest pixel; zeros if there is only background.
     """
-    distance = np.abs(image.astype(np.float64) - background_of(image).astype(np.float64)).mean(axis=2)
+    values = image.astype(np.float64)
+    values = values / (np.abs(values).max() or 1.0)  # differences of the largest floats would overflow
+    distance = np.abs(values - background_of(values)).mean(axis=2)
     return distance / (distance.max() or 1.0)
 
 
 def occlusion_maps(
-    run: Run, images: ImageRows, classes: npt.NDArray[np.int64], *, grid: int, n_masks: int
+    run: Run,
+    images: ImageRows,
+    classes: npt.NDArray[np.int64],
+    *,
+    n_classes: int,
+    grid: int,
+    n_masks: int,
 ) -> np.ndarray:
     """Find the effect of each field on the probability of a class, by least squares over many maskings.
 
@@ -156,6 +163,8 @@ def occlusion_maps(
         Validated.
     classes : ndarray of shape (n,), int64
         Number of the class to explain, for each image.
+    n_classes : int
+        Of the network.
     grid : int
         Fields along each axis.
     n_masks : int
@@ -169,17 +178,19 @@ def occlusion_maps(
     """
     fields = fields_of(images.image_shape, grid)
     shown = maskings(int(fields[-1, -1]) + 1, n_masks)
-    deviation = shown - shown.mean(axis=0)
-    squares = deviation.T @ deviation + _PENALTY * np.eye(deviation.shape[1])
-    solution = np.linalg.solve(squares, deviation.T)
+    to_effects = _least_squares(shown - 0.5)  # in pairs, each field is left in half of them
     maps = np.empty((len(images), *fields.shape), dtype=images.float_dtype)
     for i, label in enumerate(classes):
         image = images.read(slice(i, i + 1))[0]
-        answers = np.concatenate(
-            [
-                softmax(output.logits.double(), dim=1)[:, label].numpy()
-                for _, output in run(CoveredImage(image, fields, shown))
-            ]
-        )
-        maps[i] = (solution @ (answers - answers.mean()))[fields] * contrast_of(image)
+        answers = probabilities(run(CoveredImage(image, fields, shown)), len(shown), n_classes)[:, label]
+        # Without the mean, what never changes has an effect of exactly 0.
+        maps[i] = (to_effects @ (answers - answers.mean()))[fields] * contrast_of(image)
     return maps
+
+
+def _least_squares(design: np.ndarray) -> np.ndarray:
+    """Matrix that makes effects, one for each column of the design, of answers, one for each row."""
+    n, n_effects = design.shape
+    if n < n_effects:  # the same, by the smaller matrix
+        return np.linalg.solve(design @ design.T + _PENALTY * np.eye(n), design).T
+    return np.linalg.solve(design.T @ design + _PENALTY * np.eye(n_effects), design.T)

@@ -1,6 +1,7 @@
 """What answers become as parts of an image are covered: against the least squares written out, in float64."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import sparse
@@ -11,6 +12,7 @@ from sklearn_sparseattn.datasets import make_cells
 from sklearn_sparseattn.images import ImageRows
 from sklearn_sparseattn.inference.occlusion import (
     CoveredImage,
+    _least_squares,
     background_of,
     contrast_of,
     fields_of,
@@ -75,13 +77,13 @@ def test_effects_that_add_up_are_found():
     image[1:-1, 1:-1] = 100
     weight = rng.normal(size=(12, 20)) / 1e5
     rows, run = ImageRows(image[None], (12, 20, 1)), adding_up(weight)
-    found = occlusion_maps(run, rows, np.array([0]), grid=3, n_masks=20000)[0]
+    found = occlusion_maps(run, rows, np.array([0]), n_classes=2, grid=3, n_masks=20000)[0]
     parts, columns = (image[..., 0] * weight).reshape(3, 4, 20), np.arange(20) * 3 // 20
     expected = np.stack([parts[:, :, columns == j].sum((1, 2)) for j in range(3)], axis=1)
     np.testing.assert_allclose(found[1:-1:4, [3, 10, 17]], expected, rtol=1e-2, atol=1e-5)
     assert np.abs(expected).max() > 3e-3
-    of_others = occlusion_maps(run, rows, np.array([1]), grid=3, n_masks=200)[0]
-    own = occlusion_maps(run, rows, np.array([0]), grid=3, n_masks=200)[0]
+    of_others = occlusion_maps(run, rows, np.array([1]), n_classes=2, grid=3, n_masks=200)[0]
+    own = occlusion_maps(run, rows, np.array([0]), n_classes=2, grid=3, n_masks=200)[0]
     np.testing.assert_allclose(of_others, -own, atol=1e-12)
 
 
@@ -90,7 +92,7 @@ def test_a_pixel_has_its_part_by_its_distance_from_the_background():
     image[2, 3] = 150, 50  # of the channels, one is another
     image[2, 2] = 25, 25
     rows, run = ImageRows(image[None], (8, 8, 2)), adding_up(np.full((8, 8), 1e-5))
-    found = occlusion_maps(run, rows, np.array([0]), grid=2, n_masks=500)[0]
+    found = occlusion_maps(run, rows, np.array([0]), n_classes=2, grid=2, n_masks=500)[0]
     effect = found[2, 3]
     assert effect == pytest.approx(50e-5, rel=0.05)
     assert found[2, 2] == pytest.approx(effect / 2)
@@ -163,6 +165,22 @@ def test_covered_images_keep_their_dtype_and_what_is_left(dtype):
     np.testing.assert_array_equal(copies.take(np.array([2, 0])).read(slice(0, 2)), copies.read([2, 0]))
 
 
+def test_many_fields_by_few_masks_come_from_the_smaller_matrix():
+    design = np.random.default_rng(0).random((5, 9)) < 0.5
+    whole = np.linalg.solve(design.T.astype(float) @ design + 2 * np.eye(9), design.T)
+    np.testing.assert_allclose(_least_squares(design.astype(float)), whole, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("n_channels", [1, 3])
+def test_contrast_of_the_largest_numbers_there_are(n_channels):
+    image = np.full((4, 4, n_channels), -1.7e308)
+    image[1, 1], image[2, 2] = 1.7e308, 0
+    contrast = contrast_of(image)
+    assert contrast[1, 1] == 1
+    assert contrast[2, 2] == pytest.approx(0.5)
+    assert np.count_nonzero(contrast) == 2
+
+
 # ---- the estimator's method ----
 
 
@@ -199,6 +217,29 @@ def test_it_works_without_the_engine(clf):
         np.testing.assert_allclose(clf.occlusion_maps(images, n_masks=30), expected, rtol=1e-3, atol=1e-4)
     finally:
         clf._engine = engine
+
+
+@pytest.mark.parametrize(
+    "X",
+    [
+        np.random.default_rng(0).integers(0, 255, (12, 9, 14, 3), dtype=np.uint8),
+        np.random.default_rng(0).random((12, 11, 10)) < 0.3,
+        np.random.default_rng(0).integers(0, 2**60, (12, 10, 10), dtype=np.uint64),
+        np.random.default_rng(0).normal(size=(12, 30)),
+        pd.DataFrame(np.random.default_rng(0).random((12, 64))),
+        np.arange(12.0).reshape(12, 1, 1),
+    ],
+    ids=["RGB", "bool", "uint64", "rows", "frame", "one pixel"],
+)
+def test_all_kinds_of_images(X):
+    y = np.arange(12) % 2
+    clf = SparseAttnClassifier(max_epochs=1, random_state=0).fit(X, y)
+    maps = clf.occlusion_maps(X, n_masks=20)
+    assert maps.shape == (12, *clf.image_shape_[:2])
+    assert np.isfinite(maps).all()
+    if X.size > 12:
+        assert maps.any(axis=(1, 2)).all()
+        assert not clf.occlusion_maps(np.zeros_like(X), n_masks=20).any()
 
 
 def test_with_one_class_there_is_nothing_to_explain():
