@@ -15,6 +15,7 @@ import traceback
 import warnings
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import data_sets
@@ -26,6 +27,8 @@ from report import machine, put_into, record, recorded
 from skimage.color import hed_from_rgb, rgb_from_hed
 from sklearn.metrics import recall_score
 from threadpoolctl import threadpool_limits
+
+from sklearn_sparseattn.training.batches import dihedral
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "robustness.json", HERE / "README.md"
@@ -120,14 +123,26 @@ AT_FIT = {
     "constant_images_5%": constant_images,
 }
 AT_TEST = {"brighter": brightness, "darker": darkness, "stain_shift": stains, "noise": noise}
-CONDITIONS = {"as_it_is": as_it_is, **AT_FIT, **AT_TEST}
+# The same tests of a fit to images whose light changes.
+IN_CHANGING_LIGHT = {
+    "changing_light": as_it_is,
+    "changing_light_brighter": brightness,
+    "changing_light_darker": darkness,
+}
+CONDITIONS = {"as_it_is": as_it_is, **AT_FIT, **AT_TEST, **IN_CHANGING_LIGHT}
+
+
+def with_changing_light(turn, images, rng, factors=(0.7, 1.3)):
+    """An augmentation, and then each image times a factor of its own."""
+    drawn = rng.uniform(*factors, (len(images), 1, 1, 1)).astype(np.float32)
+    return (dihedral if turn == "dihedral" else turn)(images, rng) * drawn
 
 
 def shared_fits(images):
     """Conditions that one fit will do for, by groups."""
     coloured = images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8
     at_test = [name for name in AT_TEST if name != "stain_shift" or coloured]
-    return [["as_it_is", *at_test], *([name] for name in AT_FIT)]
+    return [["as_it_is", *at_test], *([name] for name in AT_FIT), list(IN_CHANGING_LIGHT)]
 
 
 # ---- one fit ----
@@ -182,7 +197,10 @@ def run_group(data, split, conditions, make):
         return CONDITIONS[name](*rows, np.random.default_rng([seed, zlib.crc32(name.encode())]))
 
     X_train, y_train, _, _ = changed(conditions[0])
-    estimator = make(augment=data_sets.augmentation(data), batch_size=data_sets.BATCH_SIZE, random_state=seed)
+    augment = data_sets.augmentation(data)
+    if conditions[0] in IN_CHANGING_LIGHT:
+        augment = partial(with_changing_light, augment)
+    estimator = make(augment=augment, batch_size=data_sets.BATCH_SIZE, random_state=seed)
     torch.set_num_threads(1)
     results = {}
     with threadpool_limits(1):

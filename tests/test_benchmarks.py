@@ -361,6 +361,20 @@ def test_noise_has_two_per_cent(load_benchmark, poor_rows):
     assert noisy.std() == pytest.approx(expected, rel=0.15)
 
 
+def test_light_that_changes_in_the_fit(load_benchmark):
+    robustness = load_benchmark("robustness")
+    images = np.random.default_rng(0).random((200, 1, 4, 4), dtype=np.float32) + 1
+    lit = robustness.with_changing_light(lambda images, rng: images, images, np.random.default_rng(1))
+    factors = lit / images
+    assert lit.dtype == np.float32
+    np.testing.assert_allclose(factors, np.broadcast_to(factors[:, :, :1, :1], lit.shape), rtol=1e-6)
+    assert 0.7 <= factors.min() < 0.72
+    assert 1.28 < factors.max() <= 1.3
+    turned = robustness.with_changing_light("dihedral", images, np.random.default_rng(1), factors=(1, 1))
+    np.testing.assert_array_equal(np.sort(turned.reshape(200, -1)), np.sort(images.reshape(200, -1)))
+    assert (turned != images).any()
+
+
 def test_stain_shift(load_benchmark):
     robustness = load_benchmark("robustness")
     rng = np.random.default_rng(0)
@@ -387,8 +401,8 @@ def test_robustness_harness(few_cells, load_benchmark, tmp_path, capsys):
         *(f"brightfield/{name}/seed0" for name in conditions),
         *(f"event/{name}/seed0" for name in conditions - {"stain_shift"}),
     }
-    same = ["as_it_is", *robustness.AT_TEST]
-    assert len({results[f"brightfield/{name}/seed0"]["fit_seconds"] for name in same}) == 1
+    for same in (["as_it_is", *robustness.AT_TEST], robustness.IN_CHANGING_LIGHT):
+        assert len({results[f"brightfield/{name}/seed0"]["fit_seconds"] for name in same}) == 1
     run = results["brightfield/ten_a_class/seed0"]
     assert run["n_train"] == 10 + 8 + 10 + 10 + 6
     assert run["epochs"] == 1
