@@ -3,7 +3,7 @@
 
    What is computed stands in network/; here is how, with batch norms folded into the layers before them.
    Plain C functions, called through ctypes with the interpreter lock released; the Python module in here is
-   empty. Nothing is kept between calls, so any number of threads may call.
+   empty. Nothing is kept between calls but the memory that they are given, so any number of threads may call.
 
    Maps are (rows, columns, channels), framed by zeros: one cell, and on the right as many as a block of columns
    may reach beyond. Channels are padded with zeros to a multiple of LANES. Weights are (inputs, padded outputs),
@@ -672,14 +672,24 @@ INLINE int run_image(const Plan *plan, const Scratch *scratch, const Results *re
     return failed;
 }
 
-/* Run n images: uint8, or, if that is NULL, scaled. 0, or -1 if there is no memory. */
-EACH_PROCESSOR
-int sparseattn_run(const Plan *plan, const uint8_t *bytes, const float *scaled, int64_t n, const Results *results) {
+/* Bytes to work in; `memory`, if there is some, is made ready: the frames of the image and of the maps, which come
+   first, are zeros and stay so. */
+int64_t sparseattn_scratch(const Plan *plan, char *memory) {
     Scratch scratch;
     size_t size = lay_out(plan, &scratch, NULL);
-    char *memory = calloc(size + 64, 1); /* zeros: the frames stay so */
-    if (!memory) return -1;
-    lay_out(plan, &scratch, memory + (64 - (uintptr_t)memory % 64));
+    if (memory) {
+        lay_out(plan, &scratch, memory);
+        memset(memory, 0, (char *)scratch.map_rows - memory);
+    }
+    return size;
+}
+
+/* Run n images: uint8, or, if that is NULL, scaled. No other call may work in the same memory at the time. */
+EACH_PROCESSOR
+int sparseattn_run(const Plan *plan, const uint8_t *bytes, const float *scaled, int64_t n, const Results *results,
+                   char *memory) {
+    Scratch scratch;
+    lay_out(plan, &scratch, memory);
     size_t n_pixels = (size_t)plan->height * plan->width, n_values = n_pixels * plan->n_channels;
     size_t n_features = plan->n_embed + plan->n_pooled, k = plan->k;
     for (int64_t i = 0; i < n; i++) {
@@ -693,7 +703,6 @@ int sparseattn_run(const Plan *plan, const uint8_t *bytes, const float *scaled, 
         if (results->contribution)
             memcpy(results->contribution + i * k, scratch.contribution, k * sizeof(float));
     }
-    free(memory);
     return 0;
 }
 

@@ -24,6 +24,7 @@ from ..network.selection import turns
 PARTS = ("coarse", "selection", "tokens", "head")  # whose time is taken
 
 _LANES = 8
+_ALIGNED = 64  # bytes of a line of the cache
 _MOST_STAGES, _N_CONTEXT = 4, 2
 
 
@@ -75,7 +76,9 @@ def _load_library() -> Any:
     library.sparseattn_sizes(*(ctypes.byref(size) for size in sizes))
     if [size.value for size in sizes] != [ctypes.sizeof(_Plan), ctypes.sizeof(_Results)] or is_stale(library):
         raise ImportError(f"{spec.origin} was built from other sources: install sklearn-sparseattn again.")
-    library.sparseattn_run.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_void_p]
+    library.sparseattn_run.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] + [ctypes.c_void_p] * 2
+    library.sparseattn_scratch.argtypes = [ctypes.c_void_p] * 2
+    library.sparseattn_scratch.restype = ctypes.c_int64
     return library
 
 
@@ -133,7 +136,14 @@ class Engine:
             return None
         return cls(network, image_shape, scale)
 
-    def run(self, images: np.ndarray, *, maps: bool = False, timed: bool = False) -> dict[str, np.ndarray]:
+    def run(
+        self,
+        images: np.ndarray,
+        *,
+        maps: bool = False,
+        timed: bool = False,
+        scratch: np.ndarray | None = None,
+    ) -> dict[str, np.ndarray]:
         """Run the network on some images, on this thread.
 
         Parameters
@@ -144,6 +154,8 @@ class Engine:
             Whether to give the maps and pixels, too.
         timed : bool, default=False
             Whether to add the time to `seconds`; then on one thread at a time.
+        scratch : ndarray, default=None
+            From `make_scratch`; None makes one.
 
         Returns
         -------
@@ -181,9 +193,29 @@ class Engine:
         else:
             images = self._scale.finite(images)
             given = (None, images.ctypes.data)
-        if _LIBRARY.sparseattn_run(ctypes.addressof(plan), *given, n, ctypes.addressof(results)):
-            raise MemoryError(f"no memory to run a network on images of {self._image_shape}")
+        if scratch is None:
+            scratch = self.make_scratch()
+        work = (ctypes.addressof(plan), *given, n, ctypes.addressof(results), _aligned(scratch))
+        _LIBRARY.sparseattn_run(*work)
         return found
+
+    def make_scratch(self) -> np.ndarray:
+        """Make memory for `run` to work in, for one call at a time.
+
+        Returns
+        -------
+        ndarray of uint8
+            Made once for many calls it saves the time to get it: for large images, as much as to run them.
+
+        Raises
+        ------
+        MemoryError
+            If there is none.
+        """
+        plan = ctypes.addressof(self._plan)
+        scratch = np.empty(_LIBRARY.sparseattn_scratch(plan, None) + _ALIGNED, dtype=np.uint8)
+        _LIBRARY.sparseattn_scratch(plan, _aligned(scratch))
+        return scratch
 
     # ---- the plan ----
 
@@ -297,6 +329,11 @@ class Engine:
         weight = _array(fusion.out.weight).T
         plan.last = self._keep(weight, rows=plan.hidden_dim, columns=plan.n_logits)
         plan.last_bias = self._keep(_array(fusion.out.bias), columns=plan.n_logits)
+
+
+def _aligned(scratch: np.ndarray) -> int:
+    """Address in it from which on vectors do not straddle the lines of the cache."""
+    return -(-scratch.ctypes.data // _ALIGNED) * _ALIGNED
 
 
 def _round_up(n: int, step: int = _LANES) -> int:

@@ -6,6 +6,7 @@ in float32 it could change which of two nearly equal pixels is chosen. The engin
 
 import copy
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -114,8 +115,12 @@ def run(
         yield from evaluate(network, images, scale)
         return
 
+    own = threading.local()  # of each thread: memory to work in, as long as this call runs
+
     def run_some(rows: slice) -> Pass:
-        found = engine.run(images.read(rows), maps=maps)
+        if not hasattr(own, "scratch"):
+            own.scratch = engine.make_scratch()
+        found = engine.run(images.read(rows), maps=maps, scratch=own.scratch)
         failed = found.pop("failed")
         for i in np.flatnonzero(failed):
             found = {
