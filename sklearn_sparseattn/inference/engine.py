@@ -7,6 +7,7 @@ Where there is no compiled code, or the network is not the plain one of this pac
 import ctypes
 import importlib.util
 import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ PARTS = ("coarse", "selection", "tokens", "head")  # whose time is taken
 
 _LANES = 8
 _ALIGNED = 64  # bytes of a line of the cache
+_MOST_KEPT = 2**24  # bytes to work in that a thread keeps between calls
 _MOST_STAGES, _N_CONTEXT = 4, 2
 
 
@@ -104,6 +106,7 @@ class Engine:
     """
 
     def __init__(self, network: SparseAttnNet, image_shape: ImageShape, scale: PixelScale) -> None:
+        self._own = threading.local()
         self._kept: list[np.ndarray] = []  # alive as long as the plan that points to them
         self._scale = scale
         self._background = float(network.coarse.background)
@@ -136,14 +139,7 @@ class Engine:
             return None
         return cls(network, image_shape, scale)
 
-    def run(
-        self,
-        images: np.ndarray,
-        *,
-        maps: bool = False,
-        timed: bool = False,
-        scratch: np.ndarray | None = None,
-    ) -> dict[str, np.ndarray]:
+    def run(self, images: np.ndarray, *, maps: bool = False, timed: bool = False) -> dict[str, np.ndarray]:
         """Run the network on some images, on this thread.
 
         Parameters
@@ -154,8 +150,6 @@ class Engine:
             Whether to give the maps and pixels, too.
         timed : bool, default=False
             Whether to add the time to `seconds`; then on one thread at a time.
-        scratch : ndarray, default=None
-            From `make_scratch`; None makes one.
 
         Returns
         -------
@@ -193,29 +187,23 @@ class Engine:
         else:
             images = self._scale.finite(images)
             given = (None, images.ctypes.data)
-        if scratch is None:
-            scratch = self.make_scratch()
-        work = (ctypes.addressof(plan), *given, n, ctypes.addressof(results), _aligned(scratch))
+        work = (ctypes.addressof(plan), *given, n, ctypes.addressof(results), self._scratch())
         _LIBRARY.sparseattn_run(*work)
         return found
 
-    def make_scratch(self) -> np.ndarray:
-        """Make memory for `run` to work in, for one call at a time.
+    def release(self) -> None:
+        """Let go of this thread's memory to work in if it is much; kept, it makes the next call quicker."""
+        if len(getattr(self._own, "scratch", ())) > _MOST_KEPT:
+            del self._own.scratch
 
-        Returns
-        -------
-        ndarray of uint8
-            Made once for many calls it saves the time to get it: for large images, as much as to run them.
-
-        Raises
-        ------
-        MemoryError
-            If there is none.
-        """
-        plan = ctypes.addressof(self._plan)
-        scratch = np.empty(_LIBRARY.sparseattn_scratch(plan, None) + _ALIGNED, dtype=np.uint8)
-        _LIBRARY.sparseattn_scratch(plan, _aligned(scratch))
-        return scratch
+    def _scratch(self) -> int:
+        """Address of memory to work in: this thread's, made once for many calls."""
+        if not hasattr(self._own, "scratch"):
+            plan = ctypes.addressof(self._plan)
+            scratch = np.empty(_LIBRARY.sparseattn_scratch(plan, None) + _ALIGNED, dtype=np.uint8)
+            _LIBRARY.sparseattn_scratch(plan, _aligned(scratch))
+            self._own.scratch = scratch
+        return _aligned(self._own.scratch)
 
     # ---- the plan ----
 

@@ -6,7 +6,6 @@ in float32 it could change which of two nearly equal pixels is chosen. The engin
 
 import copy
 import math
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -115,12 +114,8 @@ def run(
         yield from evaluate(network, images, scale)
         return
 
-    own = threading.local()  # of each thread: memory to work in, as long as this call runs
-
     def run_some(rows: slice) -> Pass:
-        if not hasattr(own, "scratch"):
-            own.scratch = engine.make_scratch()
-        found = engine.run(images.read(rows), maps=maps, scratch=own.scratch)
+        found = engine.run(images.read(rows), maps=maps)
         failed = found.pop("failed")
         for i in np.flatnonzero(failed):
             found = {
@@ -141,7 +136,10 @@ def run(
     n_pieces = 1 if n_threads == 1 else 4 * n_threads
     most = -(-len(images) // n_pieces) * math.prod(images.image_shape)
     pieces = chunk_slices(len(images), images.image_shape, min(2**19, most))
-    yield from map(run_some, pieces) if n_threads == 1 else _in_threads(run_some, pieces, n_threads)
+    try:
+        yield from map(run_some, pieces) if n_threads == 1 else _in_threads(run_some, pieces, n_threads)
+    finally:
+        engine.release()
 
 
 def _in_threads(function: Callable[[slice], Pass], pieces: Iterator[slice], n_threads: int) -> Iterator[Pass]:

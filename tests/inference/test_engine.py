@@ -387,3 +387,18 @@ def test_large_scores_are_as_exact_as_float32_holds_them(seed):
     expected = reference(network, images, found["pixels"]).scores.flatten(1).numpy()
     assert 80 < np.abs(expected).max() < 110
     np.testing.assert_allclose(found["scores"], expected, rtol=0, atol=1e-5)
+
+
+def test_memory_is_kept_between_calls_unless_it_is_much(monkeypatch):
+    image_shape = (20, 20, 1)
+    images, network = make_images("noise", 3, image_shape), make_network(image_shape, 40)
+    engine = Engine.of(network, image_shape, BYTES)
+    rows = ImageRows(images, image_shape)
+    first = [output.logits for _, output in run(engine, network, rows, BYTES)]
+    scratch = engine._own.scratch
+    again = [output.logits for _, output in run(engine, network, rows, BYTES)]
+    assert engine._own.scratch is scratch
+    assert all(map(torch.equal, first, again))
+    monkeypatch.setattr(MODULE, "_MOST_KEPT", 1000)
+    list(run(engine, network, rows, BYTES))
+    assert not hasattr(engine._own, "scratch")
