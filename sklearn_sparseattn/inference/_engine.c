@@ -686,8 +686,8 @@ int64_t sparseattn_scratch(const Plan *plan, char *memory) {
 
 /* Run n images: uint8, or, if that is NULL, scaled. No other call may work in the same memory at the time. */
 EACH_PROCESSOR
-int sparseattn_run(const Plan *plan, const uint8_t *bytes, const float *scaled, int64_t n, const Results *results,
-                   char *memory) {
+void sparseattn_run(const Plan *plan, const uint8_t *bytes, const float *scaled, int64_t n, const Results *results,
+                    char *memory) {
     Scratch scratch;
     lay_out(plan, &scratch, memory);
     size_t n_pixels = (size_t)plan->height * plan->width, n_values = n_pixels * plan->n_channels;
@@ -703,7 +703,6 @@ int sparseattn_run(const Plan *plan, const uint8_t *bytes, const float *scaled, 
         if (results->contribution)
             memcpy(results->contribution + i * k, scratch.contribution, k * sizeof(float));
     }
-    return 0;
 }
 
 /* So that engine.py can see that it speaks of the same fields. */

@@ -79,6 +79,7 @@ def _load_library() -> Any:
     if [size.value for size in sizes] != [ctypes.sizeof(_Plan), ctypes.sizeof(_Results)] or is_stale(library):
         raise ImportError(f"{spec.origin} was built from other sources: install sklearn-sparseattn again.")
     library.sparseattn_run.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] + [ctypes.c_void_p] * 2
+    library.sparseattn_run.restype = None
     library.sparseattn_scratch.argtypes = [ctypes.c_void_p] * 2
     library.sparseattn_scratch.restype = ctypes.c_int64
     return library
@@ -187,8 +188,8 @@ class Engine:
         else:
             images = self._scale.finite(images)
             given = (None, images.ctypes.data)
-        work = (ctypes.addressof(plan), *given, n, ctypes.addressof(results), self._scratch())
-        _LIBRARY.sparseattn_run(*work)
+        scratch = self._scratch()
+        _LIBRARY.sparseattn_run(ctypes.addressof(plan), *given, n, ctypes.addressof(results), scratch)
         return found
 
     def release(self) -> None:

@@ -3,7 +3,7 @@
    What is computed stands in context.py, fine.py and sparse_attn_net.py. Here an image is done whole before the
    next, so that its tokens stay in the cache; the way back makes them again instead of keeping them. Images do
    not share anything that is written: weights have their gradients by image, to be summed outside in an order
-   that no number of threads changes.
+   that no number of threads changes. The 3x3 convolutions are separable: of each channel by itself, then 1x1.
 
    Maps come as (rows, columns, channels). All widths are multiples of LANES, key_dim of two. */
 
@@ -13,7 +13,6 @@
 
 #define N_MAPS 2
 #define BLOCK 6  /* tokens of a product */
-#define GROUP 3  /* cells of a product */
 #define NEAR 40  /* rows of an outer product */
 #define CHUNK 60 /* tokens that go through all steps together */
 
@@ -28,8 +27,9 @@ typedef struct {
     const float *gates;                   /* (B, k) */
     const float *maps[N_MAPS];            /* (B, rows, columns, channels) */
     const float *first, *first_bias;      /* (2 + n_channels, embed_dim) */
-    const float *convolve[N_MAPS];        /* (9, channels, embed_dim) */
-    const float *back[N_MAPS];            /* (embed_dim, 9, channels): the same, transposed */
+    const float *depthwise[N_MAPS];       /* (9, channels) */
+    const float *pointwise[N_MAPS];       /* (channels, embed_dim) */
+    const float *pointwise_back[N_MAPS];  /* (embed_dim, channels) */
     const float *key, *key_bias;          /* (embed_dim, key_dim) */
     const float *key_back;                /* (key_dim, embed_dim) */
     const float *query, *cls_key;         /* (key_dim) */
@@ -37,16 +37,17 @@ typedef struct {
     float *attention, *contribution;      /* (B, k) */
     const float *d_pooled, *d_weight, *d_cls_weight;
     float *d_gates, *d_maps[N_MAPS];
-    /* By image: */
-    float *d_first, *d_first_bias, *d_convolve[N_MAPS], *d_key, *d_key_bias, *d_query, *d_cls_key;
+    int64_t apart;                        /* numbers from the gradients of the first image to the next, of these: */
+    float *d_depthwise[N_MAPS], *d_pointwise[N_MAPS];
+    float *d_first, *d_first_bias, *d_key, *d_key_bias, *d_query, *d_cls_key;
 } Branch;
 
 typedef struct {
     float *frame[N_MAPS], *d_frame[N_MAPS]; /* maps framed by a cell of zeros */
-    float *context[N_MAPS], *d_context[N_MAPS];
-    float *patches;                         /* (cells, 9, channels) */
-    char *is_wanted[N_MAPS];
-    int32_t *wanted[N_MAPS], *cells[N_MAPS], n_wanted[N_MAPS];
+    int32_t *wanted[N_MAPS], n_wanted[N_MAPS]; /* cells to which chosen pixels belong */
+    int32_t *places[N_MAPS], *cells[N_MAPS];   /* in that list: of every cell, or -1; of each pixel's cell */
+    float *around[N_MAPS], *context[N_MAPS];   /* of the cells in that list, between the convolutions and after them */
+    float *d_around;
     float *numbers;                         /* x, y and values of each pixel */
     float *tokens, *keys, *d_keys, *d_tokens, *along;
     float *readout, *d_readout, *zeros;
@@ -58,20 +59,19 @@ INLINE size_t frame_pitch(const Branch *b, int m) { return (size_t)(b->columns[m
 INLINE size_t frame_size(const Branch *b, int m) { return frame_pitch(b, m) * (b->rows[m] + 2); }
 
 static size_t lay_out(const Branch *b, Scratch *s, char *memory) {
-    size_t used = 0, k = b->k + CHUNK, widest = 0, D = b->embed_dim, K = b->key_dim;
+    size_t used = 0, k = b->k + CHUNK, most = 0, D = b->embed_dim, K = b->key_dim;
     for (int m = 0; m < N_MAPS; m++) {
         size_t n = n_cells(b, m) + BLOCK;
         s->frame[m] = take_floats(&used, memory, frame_size(b, m));
         s->d_frame[m] = take_floats(&used, memory, frame_size(b, m));
-        s->context[m] = take_floats(&used, memory, n * D);
-        s->d_context[m] = take_floats(&used, memory, n * D);
-        s->is_wanted[m] = take(&used, memory, n);
         s->wanted[m] = take(&used, memory, n * sizeof(int32_t));
+        s->places[m] = take(&used, memory, n * sizeof(int32_t));
         s->cells[m] = take(&used, memory, k * sizeof(int32_t));
-        size_t patches = n * 9 * b->channels[m];
-        widest = patches > widest ? patches : widest;
+        s->around[m] = take_floats(&used, memory, n * b->channels[m]);
+        s->context[m] = take_floats(&used, memory, n * D);
+        most = n * b->channels[m] > most ? n * b->channels[m] : most;
     }
-    s->patches = take_floats(&used, memory, widest);
+    s->d_around = take_floats(&used, memory, most);
     s->numbers = take_floats(&used, memory, k * (2 + b->n_channels));
     s->tokens = take_floats(&used, memory, k * D);
     s->keys = take_floats(&used, memory, k * K);
@@ -143,24 +143,21 @@ INLINE void product(const float *from, int32_t n_inputs, const float *weight, in
 
 /* The cell nearest to each pixel, and each such cell once. */
 INLINE void find_cells(const Branch *b, Scratch *s, int m, const int64_t *pixels) {
-    int32_t step = b->steps[m], half = step / 2, found = 0, row = 0, end = b->width, before = -1;
+    int32_t step = b->steps[m], half = step / 2, found = 0, row = 0, end = b->width;
     double factor = 1.0 / step; /* a division takes long; for int32, half a pixel is enough for the same result */
-    memset(s->is_wanted[m], 0, n_cells(b, m));
+    memset(s->places[m], -1, n_cells(b, m) * sizeof(int32_t));
     for (int32_t t = 0; t < b->k; t++) {
         int32_t pixel = pixels[t];
         if (pixel >= end || pixel < end - b->width) row = pixel / b->width, end = (row + 1) * b->width;
         int32_t i = (row + half + 0.5) * factor, j = (pixel - (end - b->width) + half + 0.5) * factor;
         i = i < b->rows[m] ? i : b->rows[m] - 1;
         j = j < b->columns[m] ? j : b->columns[m] - 1;
-        int32_t cell = s->cells[m][t] = i * b->columns[m] + j;
-        if (cell == before) continue;
-        before = cell;
+        int32_t cell = i * b->columns[m] + j, place = s->places[m][cell];
         s->wanted[m][found] = cell;
-        found += !s->is_wanted[m][cell];
-        s->is_wanted[m][cell] = 1;
+        s->cells[m][t] = s->places[m][cell] = place < 0 ? found : place;
+        found += place < 0;
     }
     s->n_wanted[m] = found;
-    for (int g = 0; g < GROUP; g++) s->wanted[m][found + g] = s->wanted[m][found - 1]; /* to fill the last group */
 }
 
 /* Upper left of the 3x3 cells around a cell, in the frame. */
@@ -170,25 +167,17 @@ INLINE size_t around(const Branch *b, int m, int32_t cell) {
 }
 
 INLINE void convolve_wanted(const Branch *b, Scratch *s, int m) {
-    int32_t D = b->embed_dim;
-    for (int32_t w = 0; w < s->n_wanted[m]; w += GROUP) {
-        size_t apart[GROUP];
-        UNROLL for (int g = 0; g < GROUP; g++) apart[g] = around(b, m, s->wanted[m][w + g]);
-        for (int32_t o = 0; o < D;) {
-            lanes sums[MOST_SUMS];
-            int n_lanes = o + 4 * LANES <= D ? 4 : 1;
-            if (n_lanes == 4)
-                multiply(s->frame[m], apart, frame_pitch(b, m), b->channels[m], 3, b->channels[m],
-                         b->convolve[m] + o, D, s->zeros, GROUP, 4, sums);
-            else
-                multiply(s->frame[m], apart, frame_pitch(b, m), b->channels[m], 3, b->channels[m],
-                         b->convolve[m] + o, D, s->zeros, GROUP, 1, sums);
-            for (int g = 0; g < GROUP; g++)
-                for (int l = 0; l < n_lanes; l++)
-                    store(s->context[m] + (size_t)s->wanted[m][w + g] * D + o + l * LANES, sums[g * n_lanes + l]);
-            o += n_lanes * LANES;
+    size_t channels = b->channels[m], pitch = frame_pitch(b, m);
+    for (int32_t w = 0; w < s->n_wanted[m]; w++) {
+        const float *from = s->frame[m] + around(b, m, s->wanted[m][w]);
+        for (size_t c = 0; c < channels; c += LANES) {
+            lanes sum = {0};
+            UNROLL for (int n = 0; n < 9; n++)
+                sum += load(from + n / 3 * pitch + n % 3 * channels + c) * load(b->depthwise[m] + n * channels + c);
+            store(s->around[m] + w * channels + c, sum);
         }
     }
+    product(s->around[m], channels, b->pointwise[m], b->embed_dim, s->n_wanted[m], s->zeros, s->context[m]);
 }
 
 /* Tokens before their gate: relu(W1 (x, y, v) + b1 + context). */
@@ -314,8 +303,8 @@ INLINE void back_to_readout(const Branch *b, Scratch *s, int64_t image, double *
     }
     for (int32_t i = 0; i < K; i++) {
         d_total[i] = -d_readout[i] * s->readout[i] / s->total[i];
-        b->d_query[image * K + i] = d_readout[i] / s->total[i];
-        b->d_cls_key[image * K + i] = b->d_cls_weight[image] * s->readout[i] + d_total[i];
+        b->d_query[image * b->apart + i] = d_readout[i] / s->total[i];
+        b->d_cls_key[image * b->apart + i] = b->d_cls_weight[image] * s->readout[i] + d_total[i];
     }
 }
 
@@ -323,7 +312,7 @@ INLINE void back_to_readout(const Branch *b, Scratch *s, int64_t image, double *
 INLINE void back_to_tokens(const Branch *b, Scratch *s, int64_t image, const double *d_total) {
     int32_t D = b->embed_dim, K = b->key_dim;
     const float *gates = b->gates + image * b->k, *d_pooled = b->d_pooled + image * D;
-    float *d_gates = b->d_gates + image * b->k, *d_key_bias = b->d_key_bias + image * K;
+    float *d_gates = b->d_gates + image * b->k, *d_key_bias = b->d_key_bias + image * b->apart;
     float offset = b->epsilon * sum_all(s->readout, K), *d_sum = s->d_readout;
     for (int32_t i = 0; i < K; i++) d_sum[i] = d_total[i];
     for (int32_t start = 0; start < b->k; start += CHUNK) {
@@ -353,50 +342,56 @@ INLINE void back_to_tokens(const Branch *b, Scratch *s, int64_t image, const dou
             for (int32_t i = 0; i < K; i += LANES) /* for d_key: of the tokens before their gate */
                 store(s->d_keys + (size_t)t * K + i, gate * load(s->d_keys + (size_t)t * K + i));
         }
-        add_outer(tokens, D, s->d_keys, K, n, b->d_key + image * (size_t)D * K);
+        add_outer(tokens, D, s->d_keys, K, n, b->d_key + image * b->apart);
         for (int32_t i = 0; i < n * D; i += LANES)
             store(tokens + i, (lanes)((whole_lanes)load(s->d_tokens + i) & (load(tokens + i) > 0)));
+    }
+}
+
+/* Through the convolutions of a map; `context` has the gradients of what came out of them. */
+INLINE void back_through_convolutions(const Branch *b, Scratch *s, int m, int64_t image) {
+    int32_t n = s->n_wanted[m];
+    size_t channels = b->channels[m], D = b->embed_dim, pitch = frame_pitch(b, m);
+    float *d_depthwise = b->d_depthwise[m] + image * b->apart;
+    add_outer(s->around[m], channels, s->context[m], D, n, b->d_pointwise[m] + image * b->apart);
+    product(s->context[m], D, b->pointwise_back[m], channels, n, s->zeros, s->d_around);
+    memset(s->d_frame[m], 0, frame_size(b, m) * sizeof(float));
+    for (size_t c = 0; c < channels; c += LANES) {
+        lanes sums[9], weights[9];
+        UNROLL for (int i = 0; i < 9; i++) sums[i] = (lanes){0}, weights[i] = load(b->depthwise[m] + i * channels + c);
+        for (int32_t w = 0; w < n; w++) {
+            size_t at = around(b, m, s->wanted[m][w]) + c;
+            lanes d_around = load(s->d_around + w * channels + c);
+            UNROLL for (int i = 0; i < 9; i++) {
+                float *to = s->d_frame[m] + at + i / 3 * pitch + i % 3 * channels;
+                sums[i] += d_around * load(s->frame[m] + at + i / 3 * pitch + i % 3 * channels);
+                store(to, load(to) + d_around * weights[i]);
+            }
+        }
+        UNROLL for (int i = 0; i < 9; i++) store(d_depthwise + i * channels + c, sums[i]);
     }
 }
 
 /* To the first layer, the contexts of the cells, their convolutions and the maps. */
 INLINE void back_to_maps(const Branch *b, Scratch *s, int64_t image) {
     size_t D = b->embed_dim, n_numbers = 2 + b->n_channels;
-    add_outer(s->numbers, n_numbers, s->tokens, D, b->k, b->d_first + image * n_numbers * D);
-    float *d_bias = b->d_first_bias + image * D;
+    add_outer(s->numbers, n_numbers, s->tokens, D, b->k, b->d_first + image * b->apart);
+    float *d_bias = b->d_first_bias + image * b->apart;
     for (int32_t t = 0; t < b->k; t++)
         for (size_t d = 0; d < D; d += LANES) store(d_bias + d, load(d_bias + d) + load(s->tokens + t * D + d));
 
     for (int m = 0; m < N_MAPS; m++) {
-        int32_t n = s->n_wanted[m], row = 3 * b->channels[m], size = 3 * row;
-        size_t pitch = frame_pitch(b, m);
-        /* By their place in the list of wanted cells. */
-        for (int32_t w = 0; w < n; w++) memset(s->context[m] + s->wanted[m][w] * D, 0, D * sizeof(float));
+        memset(s->context[m], 0, s->n_wanted[m] * D * sizeof(float));
         for (int32_t t = 0; t < b->k; t++) {
             float *d_context = s->context[m] + s->cells[m][t] * D;
             for (size_t d = 0; d < D; d += LANES)
                 store(d_context + d, load(d_context + d) + load(s->tokens + t * D + d));
         }
-        for (int32_t w = 0; w < n; w++) {
-            memcpy(s->d_context[m] + w * D, s->context[m] + s->wanted[m][w] * D, D * sizeof(float));
-            const float *from = s->frame[m] + around(b, m, s->wanted[m][w]);
-            for (int i = 0; i < 3; i++)
-                memcpy(s->patches + (size_t)w * size + i * row, from + i * pitch, row * sizeof(float));
-        }
-        add_outer(s->patches, size, s->d_context[m], D, n, b->d_convolve[m] + image * size * D);
-        product(s->d_context[m], D, b->back[m], size, n, s->zeros, s->patches);
-        memset(s->d_frame[m], 0, frame_size(b, m) * sizeof(float));
-        for (int32_t w = 0; w < n; w++) {
-            float *to = s->d_frame[m] + around(b, m, s->wanted[m][w]);
-            for (int i = 0; i < 3; i++)
-                for (int32_t c = 0; c < row; c += LANES)
-                    store(to + i * pitch + c,
-                          load(to + i * pitch + c) + load(s->patches + (size_t)w * size + i * row + c));
-        }
+        back_through_convolutions(b, s, m, image);
         size_t row_size = (size_t)b->columns[m] * b->channels[m];
         float *d_map = b->d_maps[m] + image * n_cells(b, m) * b->channels[m];
         for (int32_t i = 0; i < b->rows[m]; i++)
-            memcpy(d_map + i * row_size, s->d_frame[m] + (i + 1) * pitch + b->channels[m],
+            memcpy(d_map + i * row_size, s->d_frame[m] + (i + 1) * frame_pitch(b, m) + b->channels[m],
                    row_size * sizeof(float));
     }
 }

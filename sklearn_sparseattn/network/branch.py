@@ -5,8 +5,11 @@ the cache: several times as fast, with little memory, and the same bits with any
 """
 
 import ctypes
+import itertools
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -18,6 +21,7 @@ _N_MAPS = 2
 MOST_PIXELS = 2**30  # of an image: they are counted in int32
 _Maps = ctypes.c_void_p * _N_MAPS
 _Counts = ctypes.c_int32 * _N_MAPS
+_LEARNED = ("d_first", "d_first_bias", "d_key", "d_key_bias", "d_query", "d_cls_key")
 
 
 class _Branch(ctypes.Structure):
@@ -28,8 +32,7 @@ class _Branch(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("images", "pixels", "gates")),
         ("maps", _Maps),
         *((name, ctypes.c_void_p) for name in ("first", "first_bias")),
-        ("convolve", _Maps),
-        ("back", _Maps),
+        *((name, _Maps) for name in ("depthwise", "pointwise", "pointwise_back")),
         *((name, ctypes.c_void_p) for name in ("key", "key_bias", "key_back", "query", "cls_key")),
         *(
             (name, ctypes.c_void_p)
@@ -37,9 +40,9 @@ class _Branch(ctypes.Structure):
         ),
         *((name, ctypes.c_void_p) for name in ("d_pooled", "d_weight", "d_cls_weight", "d_gates")),
         ("d_maps", _Maps),
-        *((name, ctypes.c_void_p) for name in ("d_first", "d_first_bias")),
-        ("d_convolve", _Maps),
-        *((name, ctypes.c_void_p) for name in ("d_key", "d_key_bias", "d_query", "d_cls_key")),
+        ("apart", ctypes.c_int64),
+        *((name, _Maps) for name in ("d_depthwise", "d_pointwise")),
+        *((name, ctypes.c_void_p) for name in _LEARNED),
     ]
 
 
@@ -135,7 +138,8 @@ class TokenBranch(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """`learned` are maps, their kernels, W1, b1, keys, their bias, then query and key of the CLS token.
 
-        Weights are as PyTorch's layers have them; the rest as in `_branch.c`.
+        Of kernels there are two a map, 3x3 and 1x1. Weights are as PyTorch's layers have them; the rest as in
+        `_branch.c`.
         """
         ctx.save_for_backward(images, pixels, gates, *learned)
         ctx.steps = steps
@@ -164,29 +168,29 @@ class TokenBranch(torch.autograd.Function):
         size, numbers, n_keys = branch.embed_dim, 2 + branch.n_channels, branch.key_dim
         given = dict(zip(("d_pooled", "d_weight", "d_cls_weight"), gradients[:3], strict=True))
         given = {name: gradient.contiguous() for name, gradient in given.items()}
-        shapes = {
-            "d_gates": (k,),
-            "d_first": (numbers, size),
-            "d_first_bias": (size,),
-            "d_key": (size, n_keys),
-            "d_key_bias": (n_keys,),
-            "d_query": (n_keys,),
-            "d_cls_key": (n_keys,),
-        }
-        found = {name: images.new_zeros(n_images, *shape) for name, shape in shapes.items()}
-        by_cell = [torch.empty_like(cells) for cells in kept[:_N_MAPS]]
-        by_image = [images.new_zeros(n_images, 9, cells.shape[-1], size) for cells in by_cell]
-        point(branch, given | found)
-        branch.d_maps[:] = [cells.data_ptr() for cells in by_cell]
-        branch.d_convolve[:] = [weight.data_ptr() for weight in by_image]
+        d_gates = images.new_empty(n_images, k)
+        d_maps = [torch.empty_like(cells) for cells in kept[:_N_MAPS]]
+        point(branch, given | {"d_gates": d_gates}, d_maps=d_maps)
+        shapes = [shape for n in branch.channels for shape in ((9, n), (n, size))]
+        shapes += [(numbers, size), (1, size), (size, n_keys), (1, n_keys), (1, n_keys), (1, n_keys)]
+        lengths = [math.prod(shape) for shape in shapes]
+        by_image = images.new_zeros(n_images, sum(lengths))
+        begins = itertools.accumulate(lengths, initial=0)
+        starts = [by_image.data_ptr() + begin * by_image.element_size() for begin in begins]
+        branch.d_depthwise[:], branch.d_pointwise[:] = starts[: 2 * _N_MAPS : 2], starts[1 : 2 * _N_MAPS : 2]
+        for name, start in zip(_LEARNED, starts[2 * _N_MAPS :], strict=False):
+            setattr(branch, name, start)
+        branch.apart = by_image.shape[1]
         _run(branch, n_images, is_back=True)
-        d_maps = [cells.permute(0, 3, 1, 2) for cells in by_cell]
-        d_convolve = [weight.sum(0).reshape(3, 3, -1, size).permute(3, 2, 0, 1) for weight in by_image]
-        summed = {name: gradient.sum(0) for name, gradient in found.items() if name != "d_gates"}
+        with np.errstate(all="ignore"):  # where training diverges
+            # PyTorch would start threads of its own, which go on for a while and are in the way of ours.
+            summed = torch.from_numpy(by_image.numpy().sum(0)).split(lengths)
+        parts = [part.view(shape).T for part, shape in zip(summed, shapes, strict=True)]
+        kernels = [part.reshape(like.shape) for part, like in zip(parts, rest[1 + _N_MAPS :], strict=False)]
         return (
-            *(None, None, None, found["d_gates"], *d_maps),
-            *(*d_convolve, summed["d_first"].T, summed["d_first_bias"]),
-            *(summed["d_key"].T, summed["d_key_bias"], summed["d_query"][None], summed["d_cls_key"][None]),
+            *(None, None, None, d_gates),
+            *(cells.permute(0, 3, 1, 2) for cells in d_maps),
+            *kernels,
         )
 
 
@@ -199,11 +203,12 @@ def _describe(
 ) -> tuple[_Branch, list[Tensor]]:
     """What `_branch.c` is given, and the tensors that must live as long; the maps come first among these."""
     _, n_channels, height, width = images.shape
-    coarse_maps, kernels = learned[:_N_MAPS], learned[_N_MAPS : 2 * _N_MAPS]
-    first, first_bias, key, key_bias, query, cls_key = learned[2 * _N_MAPS :]
+    coarse_maps, kernels = learned[:_N_MAPS], learned[_N_MAPS : 3 * _N_MAPS]
+    first, first_bias, key, key_bias, query, cls_key = learned[3 * _N_MAPS :]
     maps = [cells.permute(0, 2, 3, 1).contiguous() for cells in coarse_maps]
-    convolve = [kernel.permute(2, 3, 1, 0).contiguous() for kernel in kernels]
-    back = [kernel.permute(0, 2, 3, 1).contiguous() for kernel in kernels]
+    depthwise = [kernel.flatten(1).T.contiguous() for kernel in kernels[::2]]
+    back = [kernel.flatten(1).contiguous() for kernel in kernels[1::2]]
+    pointwise = [kernel.T.contiguous() for kernel in back]
     plain = {
         "images": images,
         "pixels": pixels,
@@ -229,12 +234,9 @@ def _describe(
         channels=_Counts(*(cells.shape[3] for cells in maps)),
         steps=_Counts(*steps[:_N_MAPS]),
         epsilon=EPSILON,
-        maps=_Maps(*(cells.data_ptr() for cells in maps)),
-        convolve=_Maps(*(weight.data_ptr() for weight in convolve)),
-        back=_Maps(*(weight.data_ptr() for weight in back)),
     )
-    point(branch, plain)
-    return branch, [*maps, *convolve, *back, *plain.values()]
+    point(branch, plain, maps=maps, depthwise=depthwise, pointwise=pointwise, pointwise_back=back)
+    return branch, [*maps, *depthwise, *pointwise, *back, *plain.values()]
 
 
 def _run(branch: _Branch, n_images: int, *, is_back: bool) -> None:

@@ -271,13 +271,13 @@ class SparseAttnNet(nn.Module):
         fine, out = self.fine, self.embedding.out
         widths = fine.key.weight.shape[::-1]
         compiled = self.compiled and len(images) > 0 and is_compiled(images, maps, *widths)
-        if self.context is None or not compiled or has_hooks(self.context, self.embedding.first):
+        context, first = self.context, self.embedding.first
+        if context is None or not (context.separable and compiled) or has_hooks(context, first):
             return fine.attend(self.hidden_tokens(images, pixels, scores, maps), out)
         gates = self.gates(scores, pixels)
-        first = self.embedding.first
-        weights = (*self.context.kernels(), first.weight, first.bias, *fine.fold(out))
+        weights = (*context.parameters(), first.weight, first.bias, *fine.fold(out))
         *sums, attention, contribution = TokenBranch.apply(
-            images, pixels, self.context.steps, gates, *maps, *weights
+            images, pixels, context.steps, gates, *maps, *weights
         )
         pooled, weight, cls_weight = sums
         return fine.finish(pooled, weight, cls_weight, out), attention, contribution

@@ -237,6 +237,22 @@ def test_no_wrong_answer_where_float32_ends(largest, variant):
     assert n_failed > 0
 
 
+def test_scores_that_are_no_numbers_are_not_passed_over():
+    """Infinite features of both weights have a score that is no number; further on they may leave no trace."""
+    shape, scale = (32, 32, 1), PixelScale((0.0, 1.0))
+    network = make_network(shape, 50, variant="paper")
+    with torch.no_grad():
+        for stage in (network.coarse.early, network.coarse.middle):
+            stage[0].weight.abs_().mul_(100)
+    X = np.random.default_rng(0).uniform(size=(1, *shape))
+    X[0, 16, 16] = 3e38
+    engine = Engine.of(network, shape, scale)
+    found = engine.run(X, maps=True)
+    assert found["failed"].all()
+    cells = network.coarse.look(torch.from_numpy(X[..., 0])[:, None].float()).maps[1]
+    assert set(cells.isinf().sum(1).unique().tolist()) == {0, cells.shape[1]}
+
+
 @pytest.mark.parametrize("data_range", [(0.0, 1e-320), (1e-40, 2e-40)])
 def test_bytes_far_out_of_a_small_range_are_refused(data_range):
     shape = (4, 4, 1)

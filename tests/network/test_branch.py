@@ -105,8 +105,8 @@ def test_the_same_bits_with_any_number_of_threads(n_threads):
     generator = torch.Generator().manual_seed(0)
     images = make_images((7, 1, 40, 40))
     pixels = torch.stack([torch.randperm(1600, generator=generator)[:200].sort()[0] for _ in range(7)])
-    shapes = [(7, 200), (7, 8, 20, 20), (7, 16, 10, 10), (32, 8, 3, 3), (32, 16, 3, 3), (32, 3), (32,)]
-    shapes += [(32, 32), (32,), (1, 32), (1, 32)]
+    shapes = [(7, 200), (7, 8, 20, 20), (7, 16, 10, 10), (8, 1, 3, 3), (32, 8, 1, 1), (16, 1, 3, 3)]
+    shapes += [(32, 16, 1, 1), (32, 3), (32,), (32, 32), (32,), (1, 32), (1, 32)]
     tensors = [torch.rand(shape, generator=generator) - 0.3 for shape in shapes]
     before = torch.get_num_threads()
     outcomes = []
