@@ -238,7 +238,7 @@ def test_no_wrong_answer_where_float32_ends(largest, variant):
 
 
 def test_scores_that_are_no_numbers_are_not_passed_over():
-    """Infinite features of both weights have a score that is no number; further on they may leave no trace."""
+    """Infinite features of both weights make a score that is no number; further on it may leave no trace."""
     shape, scale = (32, 32, 1), PixelScale((0.0, 1.0))
     network = make_network(shape, 50, variant="paper")
     with torch.no_grad():
