@@ -359,6 +359,32 @@ def test_nothing_global_is_touched(random_state):
     assert global_state() == before
 
 
+class CountThreads(skorch.callbacks.Callback):
+    """PyTorch's threads within a step of training and between two."""
+
+    def initialize(self):
+        self.within_, self.between_ = set(), set()
+        return self
+
+    def on_grad_computed(self, net, named_parameters, **kwargs):
+        self.within_.add(torch.get_num_threads())
+
+    def on_batch_end(self, net, **kwargs):
+        self.between_.add(torch.get_num_threads())
+
+
+@pytest.mark.parametrize(("params", "within"), [({}, 1), ({"variant": "paper"}, 2), ({"embed_dim": 24}, 2)])
+def test_pytorch_has_one_thread_where_compiled_code_does_the_work(params, within):
+    counts, before = CountThreads(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        quick(callbacks=[counts], **params).fit(X, Y)
+        assert (counts.within_, counts.between_) == ({within}, {2})
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_exception_in_the_middle_leaves_the_world_alone():
     calls = []
 

@@ -172,7 +172,7 @@ def test_sparse(dtype, container, kind):
 
 
 @pytest.mark.parametrize(
-    "shape", [(0, 3, 4), (0, 12), (2,), (2, 11), (2, 4, 3), (2, 3, 4, 2), (2, 3, 4, 1, 1), (12,)]
+    "shape", [(0, 3, 4), (0, 12), (2,), (2, 0), (2, 11), (2, 4, 3), (2, 3, 4, 2), (2, 3, 4, 1, 1), (12,)]
 )
 def test_bytes_are_refused_in_the_words_for_other_numbers(shape):
     """Of bytes little is checked: there is nothing in them to refuse."""

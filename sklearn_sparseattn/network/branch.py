@@ -7,9 +7,9 @@ the cache: several times as fast, with little memory, and the same bits with any
 import ctypes
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -59,15 +59,15 @@ def _load_library() -> Any:
 _LIBRARY = _load_library()
 
 
-def is_compiled(images: Tensor, maps: tuple[Tensor, ...], embed_dim: int, key_dim: int) -> bool:
+def is_compiled(images: Tensor, channels: Sequence[int], embed_dim: int, key_dim: int) -> bool:
     """Whether the compiled branch can do these images.
 
     Parameters
     ----------
     images : Tensor of shape (B, C, H, W)
         The images.
-    maps : tuple of Tensor (B, channels, h, w)
-        Coarse features.
+    channels : sequence of int
+        Of the maps that tokens look at.
     embed_dim, key_dim : int
         Widths of a token and of its keys.
 
@@ -79,12 +79,12 @@ def is_compiled(images: Tensor, maps: tuple[Tensor, ...], embed_dim: int, key_di
     return (
         _LIBRARY is not None
         and images.device.type == "cpu"
-        and images.dtype == torch.float32 == maps[0].dtype
+        and images.dtype == torch.float32
         and not images.requires_grad
         and images.shape[-2:].numel() <= MOST_PIXELS
-        and len(maps) == _N_MAPS
+        and len(channels) == _N_MAPS
         and embed_dim % LANES == key_dim % (2 * LANES) == 0
-        and all(cells.shape[1] % LANES == 0 for cells in maps)
+        and all(n % LANES == 0 for n in channels)
     )
 
 
@@ -175,18 +175,16 @@ class TokenBranch(torch.autograd.Function):
         shapes += [(numbers, size), (1, size), (size, n_keys), (1, n_keys), (1, n_keys), (1, n_keys)]
         lengths = [math.prod(shape) for shape in shapes]
         by_image = images.new_zeros(n_images, sum(lengths))
-        begins = itertools.accumulate(lengths, initial=0)
-        starts = [by_image.data_ptr() + begin * by_image.element_size() for begin in begins]
+        ends = itertools.accumulate(lengths)
+        starts = [by_image[0, end - n :].data_ptr() for n, end in zip(lengths, ends, strict=True)]
         branch.d_depthwise[:], branch.d_pointwise[:] = starts[: 2 * _N_MAPS : 2], starts[1 : 2 * _N_MAPS : 2]
-        for name, start in zip(_LEARNED, starts[2 * _N_MAPS :], strict=False):
+        for name, start in zip(_LEARNED, starts[2 * _N_MAPS :], strict=True):
             setattr(branch, name, start)
         branch.apart = by_image.shape[1]
         _run(branch, n_images, is_back=True)
-        with np.errstate(all="ignore"):  # where training diverges
-            # PyTorch would start threads of its own, which go on for a while and are in the way of ours.
-            summed = torch.from_numpy(by_image.numpy().sum(0)).split(lengths)
+        summed = by_image.sum(0).split(lengths)
         parts = [part.view(shape).T for part, shape in zip(summed, shapes, strict=True)]
-        kernels = [part.reshape(like.shape) for part, like in zip(parts, rest[1 + _N_MAPS :], strict=False)]
+        kernels = [part.reshape(like.shape) for part, like in zip(parts, rest[1 + _N_MAPS :], strict=True)]
         return (
             *(None, None, None, d_gates),
             *(cells.permute(0, 3, 1, 2) for cells in d_maps),

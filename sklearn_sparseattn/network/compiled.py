@@ -1,19 +1,21 @@
 """What is common to the compiled code of training: loading it, and sharing images out among threads."""
 
 import ctypes
+import functools
 import importlib.util
 import itertools
 import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 LANES = 8
@@ -127,12 +129,44 @@ def keep_threads() -> Iterator[None]:
         return
     before = vars(_KEPT).copy()
     with ThreadPoolExecutor(n_others) as pool:
-        vars(_KEPT).update(pool=pool, process=os.getpid())
+        vars(_KEPT).update(pool=pool, process=os.getpid(), n_threads=n_others + 1)
         try:
             yield
         finally:
             vars(_KEPT).clear()
             vars(_KEPT).update(before)
+
+
+def _are_kept() -> bool:
+    return vars(_KEPT).get("process") == os.getpid()  # a fork has none of them
+
+
+@contextmanager
+def pytorch_alone() -> Iterator[None]:
+    """Have PyTorch compute on no other thread than that which calls this, if `keep_threads` keeps some.
+
+    PyTorch starts threads for the smallest product of matrices. They go on turning for a while when they have
+    nothing left to do, and take the processors from the threads that run compiled code.
+    """
+    if not _are_kept():
+        yield
+        return
+    openmp, set_mkl = _thread_counts()
+    with openmp.limit(limits=1):
+        before = set_mkl(1)
+        try:
+            yield
+        finally:
+            set_mkl(before)
+
+
+@functools.cache
+def _thread_counts() -> tuple[ThreadpoolController, Callable[[int], int]]:
+    """What sets, for the thread that calls it, how many threads OpenMP has, and MKL inside PyTorch."""
+    file = Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"
+    library = ctypes.CDLL(str(file)) if file.is_file() else None
+    set_mkl = getattr(library, "MKL_Set_Num_Threads_Local", lambda n_threads: 0)
+    return ThreadpoolController().select(user_api="openmp"), set_mkl
 
 
 def threads(n_images: int) -> AbstractContextManager[Executor | None]:
@@ -148,7 +182,7 @@ def threads(n_images: int) -> AbstractContextManager[Executor | None]:
     context manager
         Of what `share_out` wants.
     """
-    if vars(_KEPT).get("process") == os.getpid():  # a fork has none of them
+    if _are_kept():
         return nullcontext(_KEPT.pool)
     n_others = min(torch.get_num_threads(), n_images) - 1
     return ThreadPoolExecutor(n_others) if n_others > 0 else nullcontext()
@@ -173,7 +207,11 @@ def share_out(pool: Executor | None, function: Callable[[int, int], int], n_imag
     """
     if pool is None:
         return function(0, n_images) == 0
-    n_threads = min(torch.get_num_threads(), n_images)
+    n_threads = min(_KEPT.n_threads if _are_kept() else torch.get_num_threads(), n_images)
     cuts = [n_images * i // n_threads for i in range(n_threads + 1)]
     others = [pool.submit(function, *share) for share in itertools.pairwise(cuts[1:])]
-    return not any([function(0, cuts[1]), *(other.result() for other in others)])
+    try:
+        own = function(0, cuts[1])
+    finally:  # Ctrl-C must not free what the others still write to
+        wait(others)
+    return not any([own, *(other.result() for other in others)])

@@ -3,6 +3,8 @@
 No parameters are learned here, and nothing here is differentiated through the choice itself.
 """
 
+import functools
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -90,6 +92,7 @@ def _flat_scores(scores: Tensor, k: int) -> Tensor:
     return flat
 
 
+@functools.cache
 def turns(step: int) -> npt.NDArray[np.float64]:
     """The order in which the pixels over a cell have their turn: that of a Bayer matrix, as in dithering.
 
@@ -101,12 +104,14 @@ def turns(step: int) -> npt.NDArray[np.float64]:
     Returns
     -------
     ndarray of shape (step, step), float64
-        0, 1 / step**2, ... up to less than 1; the first ones lie far from each other.
+        0, 1 / step**2, ... up to less than 1; the first ones lie far from each other. Not to be written.
     """
     order = np.zeros((1, 1))
     while len(order) < step:
         order = np.block([[4 * order, 4 * order + 2], [4 * order + 3, 4 * order + 1]])
-    return order / order.size
+    result = order / order.size
+    result.flags.writeable = False
+    return result
 
 
 def pixel_tokens(images: Tensor, indices: Tensor) -> Tensor:

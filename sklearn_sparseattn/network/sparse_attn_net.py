@@ -92,7 +92,8 @@ class SparseAttnNet(nn.Module):
     form : dict
         The other arguments it was made with.
     compiled : bool
-        Whether compiled code may stand in for `hidden_tokens` and `fine`; False if one of them is changed.
+        Whether compiled code may stand in for `hidden_tokens` and `fine`; False if one of them is changed. It
+        does so where `is_compiled` says it can.
         It does not where layers have hooks.
 
     Notes
@@ -268,12 +269,10 @@ class SparseAttnNet(nn.Module):
         z_fine, attention, contribution : Tensor
             As from `FineAttention.attend`.
         """
-        fine, out = self.fine, self.embedding.out
-        widths = fine.key.weight.shape[::-1]
-        compiled = self.compiled and len(images) > 0 and is_compiled(images, maps, *widths)
-        context, first = self.context, self.embedding.first
-        if context is None or not (context.separable and compiled) or has_hooks(context, first):
+        fine, out, context = self.fine, self.embedding.out, self.context
+        if context is None or not self.is_compiled(images) or maps[0].dtype != torch.float32:
             return fine.attend(self.hidden_tokens(images, pixels, scores, maps), out)
+        first = self.embedding.first
         gates = self.gates(scores, pixels)
         weights = (*context.parameters(), first.weight, first.bias, *fine.fold(out))
         *sums, attention, contribution = TokenBranch.apply(
@@ -281,6 +280,26 @@ class SparseAttnNet(nn.Module):
         )
         pooled, weight, cls_weight = sums
         return fine.finish(pooled, weight, cls_weight, out), attention, contribution
+
+    def is_compiled(self, images: Tensor) -> bool:
+        """Whether compiled code makes the tokens of these images and pools them.
+
+        Parameters
+        ----------
+        images : Tensor of shape (B, C, H, W)
+            The images.
+
+        Returns
+        -------
+        bool
+            If not, PyTorch does it.
+        """
+        context, first, key = self.context, self.embedding.first, self.fine.key.weight
+        if context is None or not (self.compiled and context.separable and len(images) > 0):
+            return False
+        channels = [len(depthwise) for depthwise in list(context.parameters())[::2]]
+        is_here = key.device.type == "cpu" and not has_hooks(context, first)
+        return is_here and is_compiled(images, channels, *key.shape[::-1])
 
     def hidden_tokens(
         self, images: Tensor, pixels: Tensor, scores: Tensor, maps: tuple[Tensor, ...]

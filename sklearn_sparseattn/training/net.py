@@ -3,7 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import skorch
@@ -12,6 +12,7 @@ from skorch.callbacks import Callback
 from torch import Tensor, nn
 
 from ..network import SparseAttnOutput
+from ..network.compiled import pytorch_alone
 from .losses import contrastive_loss, distillation_loss, focal_loss
 
 LOSS_TERMS = ("focal_loss", "contrastive_loss", "distillation_loss")
@@ -106,9 +107,16 @@ class SparseAttnLoss(nn.Module):
 class SparseAttnTrainer(skorch.NeuralNet):
     """A skorch net whose batches are ``(images, (target, weight))``."""
 
+    def train_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
+        """Train on a batch; PyTorch has one thread if compiled code does what takes long."""
+        with pytorch_alone() if self.module_.is_compiled(batch[0]) else nullcontext():
+            return super().train_step(batch, **fit_params)
+
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Train on a batch; one of a single row uses the running statistics of batch norm."""
-        self._set_training(len(batch[0]) > 1)
+        training = len(batch[0]) > 1
+        if any(module.training != training for module in self.module_.modules()):  # to tell all takes longer
+            self._set_training(training)
         images, labels = batch
         try:
             output = self.infer(images, **fit_params)

@@ -49,8 +49,7 @@ def in_pytorch(network, pixels, dtype=torch.float64):
 
 def assert_as_pytorch(shape, k, seed=0, **options):
     network, images = make_network(shape, k, seed=seed, **options), make_images(shape, seed)
-    widths = network.fine.key.weight.shape[::-1]
-    assert branch.is_compiled(images, network.coarse.look(images).maps, *widths)
+    assert network.is_compiled(images)
     found, gradients = gradients_of(network, images)
     expected, exact = gradients_of(in_pytorch(network, found.pixels), images.double())
     for name in ("logits", "features", "attention", "contribution"):
@@ -125,16 +124,36 @@ def test_the_same_bits_with_any_number_of_threads(n_threads):
 
 
 def test_when_pytorch_has_to_do_it():
-    images, maps = torch.zeros(2, 1, 8, 8), tuple(torch.zeros(2, n, 8, 8) for n in (8, 16))
-    assert branch.is_compiled(images, maps, 32, 32)
-    assert not branch.is_compiled(images.double(), maps, 32, 32)
-    assert not branch.is_compiled(images, tuple(cells.double() for cells in maps), 32, 32)
-    assert not branch.is_compiled(images.to("meta"), maps, 32, 32)
-    assert not branch.is_compiled(images.clone().requires_grad_(), maps, 32, 32)
-    assert not branch.is_compiled(images, maps[:1], 32, 32)
-    assert not branch.is_compiled(images, maps, 33, 32)
-    assert not branch.is_compiled(images, maps, 32, 8)
-    assert not branch.is_compiled(images, (torch.zeros(2, 3, 8, 8), *maps[1:]), 32, 32)
+    images, channels = torch.zeros(2, 1, 8, 8), (8, 16)
+    assert branch.is_compiled(images, channels, 32, 32)
+    assert not branch.is_compiled(images.double(), channels, 32, 32)
+    assert not branch.is_compiled(images.to("meta"), channels, 32, 32)
+    assert not branch.is_compiled(images.clone().requires_grad_(), channels, 32, 32)
+    assert not branch.is_compiled(images, channels[:1], 32, 32)
+    assert not branch.is_compiled(images, channels, 33, 32)
+    assert not branch.is_compiled(images, channels, 32, 8)
+    assert not branch.is_compiled(images, (3, 16), 32, 32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"embed_dim": 24}, {"embed_dim": 30, "n_heads": 3}, {"separable": False}, {"variant": "paper"}],
+    ids=str,
+)
+def test_networks_that_pytorch_computes(options):
+    network, images = make_network((4, 1, 16, 16), 40, **options), make_images((4, 1, 16, 16))
+    assert not network.is_compiled(images)
+    found, gradients = gradients_of(network, images)
+    expected, exact = gradients_of(in_pytorch(network, found.pixels), images.double())
+    torch.testing.assert_close(found.logits.double(), expected.logits, rtol=1e-4, atol=1e-4)
+    assert gradients.keys() == exact.keys()
+
+
+def test_features_in_half_precision_are_left_to_pytorch():
+    network, images = make_network((4, 1, 16, 16), 40), make_images((4, 1, 16, 16))
+    with torch.autocast("cpu"):
+        network.eval()
+        assert torch.isfinite(network(images).logits).all()
 
 
 # What PyTorch says where a layer is given pixels, which have no gradients.

@@ -5,6 +5,8 @@ import ctypes
 import hashlib
 import re
 import runpy
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,6 +56,47 @@ def test_threads_are_kept_and_given_back():
             first.submit(int)
     finally:
         torch.set_num_threads(before)
+
+
+def test_pytorch_alone_is_for_the_thread_that_asks():
+    before, counts = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        with compiled.pytorch_alone():
+            assert torch.get_num_threads() == 3  # where no threads are kept it has its own
+        with compiled.keep_threads(), compiled.pytorch_alone():
+            assert torch.get_num_threads() == 1
+            other = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+            other.start()
+            other.join()
+            assert counts == [3]
+            with compiled.threads(8) as pool:
+                shares = []
+                assert compiled.share_out(pool, lambda *share: shares.append(share) or 0, 8)
+                assert sorted(shares) == [(0, 2), (2, 5), (5, 8)]
+            with pytest.raises(ZeroDivisionError), compiled.pytorch_alone():
+                raise ZeroDivisionError
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_pytorch_alone_reaches_its_products_of_matrices():
+    """MKL, which has a count of threads of its own, takes no processor time on others."""
+    a = torch.ones(64, 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with compiled.keep_threads(), compiled.pytorch_alone():
+            (a @ a).sum()
+            time.sleep(0.5)  # until threads that were started before are at rest
+            whole, own = time.process_time(), time.thread_time()
+            while time.thread_time() - own < 0.3:
+                a @ a
+            others = (time.process_time() - whole) - (time.thread_time() - own)
+    finally:
+        torch.set_num_threads(before)
+    assert others < 0.1
 
 
 def in_pytorch(coarse, dtype):
