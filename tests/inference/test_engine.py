@@ -218,6 +218,28 @@ def test_what_overflows_in_float32_is_answered_in_float64(maps):
         torch.testing.assert_close(found.scores[2], exact.scores[2], rtol=1e-12, atol=0)
 
 
+def test_what_is_left_of_an_image_that_overflowed_is_not_looked_at():
+    """It was not written, and may be a NaN that signals where it is converted."""
+    shape, scale = (16, 16, 1), PixelScale((0.0, 1.0))
+    network = make_network(shape, 50)
+    X = np.random.default_rng(0).uniform(size=(4, *shape))
+    X[1] *= 1e38
+    engine = Engine.of(network, shape, scale)
+    images, exact_run = ImageRows(X, shape), engine.run
+
+    def leave_signals(images, **options):
+        found = exact_run(images, **options)
+        for part in found.values():
+            if part.dtype == np.float32:
+                part[found["failed"]] = np.array(0x7FA00000, np.uint32).view(np.float32)
+        return found
+
+    engine.run = leave_signals
+    [(_, found)] = run(engine, network, images, scale, maps=True)
+    [(_, exact)] = evaluate(network, images, scale)
+    torch.testing.assert_close(found.logits[1], exact.logits[1], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("variant", ["context", "paper"])
 @pytest.mark.parametrize("largest", [3e37, 1e38, -3e38])
 def test_no_wrong_answer_where_float32_ends(largest, variant):
