@@ -97,7 +97,7 @@ class PixelScale:
     def __init__(self, data_range: tuple[float, float]) -> None:
         self.low, self.high = data_range
         self._span = self.high - self.low
-        # One map for every dtype, the same bits: a table for uint8, float64 arithmetic for the rest.
+        # One map for every dtype, in float64. Bytes have a table, and float32 where that has the same bits.
         with np.errstate(all="ignore"):  # bytes may lie far outside a small range
             self._bytes = ((np.arange(256.0) - self.low) / self._span).astype(np.float32)
             self._rounded = np.float32(self.low), np.float32(self._span)
