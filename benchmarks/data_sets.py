@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("SPARSEATTN_DATA", HERE.parent.parent / "shared" / "data"))
 N_SPLITS = 30  # of each data set; the first five go through all rows, or donors, where they are folds
 N_MORE = 4000  # generated cells that only serve to score
+N_LABELLED = 30  # training cells a class, where labels are few
 TEST_DONORS = (1, 2, 3, 5, 6)  # those of the literature; donor 4 is always among the training rows
 
 # Class counts of the paper; equal shares where it names none. Classes in the order of `make_cells`.
@@ -42,6 +43,21 @@ def pbc5(image_size):
     # The size of the photographs differs by class: what is cut away must not tell.
     cells = load_image_folder(DATA / "pbc5", crop="square", image_size=image_size)
     return cells.images, cells.target, random_splits(cells.target)
+
+
+def few_labels(load):
+    """The images of another data set, of which a few of each class are for training, and all others to score."""
+    images, target, _ = load()
+    splits = []
+    for seed in range(N_SPLITS):
+        rng = np.random.default_rng(seed)
+        drawn = [
+            rng.choice(np.flatnonzero(target == label), N_LABELLED, replace=False)
+            for label in np.unique(target)
+        ]
+        train = np.sort(np.concatenate(drawn))
+        splits.append((f"seed{seed}", train, np.setdiff1d(np.arange(len(target)), train)))
+    return images, target, splits
 
 
 def jurkat():
@@ -83,8 +99,10 @@ def generated(modality, image_size=64):
 
 DATA_SETS = {
     "pbc5": partial(pbc5, 64),
+    "pbc5_few": partial(few_labels, partial(pbc5, 64)),
     "pbc5_128": partial(pbc5, 128),
     "jurkat": jurkat,
+    "jurkat_few": partial(few_labels, jurkat),
     "tcell": tcell,
     "opd": partial(generated, "opd"),
     "hologram": partial(generated, "hologram", 96),  # fewer pixels hold too few fringes
@@ -94,8 +112,10 @@ DATA_SETS = {
 
 TITLES = {
     "pbc5": "stained white blood cells (real, 5 classes, 64×64 RGB)",
+    "pbc5_few": f"stained white blood cells, {N_LABELLED} labelled a class (real, 5 classes, 64×64 RGB)",
     "pbc5_128": "stained white blood cells (real, 5 classes, 128×128 RGB)",
     "jurkat": "cell cycle of Jurkat cells, unstained (real, 4 classes, 40×40)",
+    "jurkat_few": f"cell cycle of Jurkat cells, {N_LABELLED} labelled a class (real, 4 classes, 40×40)",
     "tcell": "activation of T cells, one donor left out (real, 2 classes, 82×82)",
     "opd": "generated, opd (3 classes, 64×64)",
     "hologram": "generated, hologram (3 classes, 96×96)",
