@@ -46,7 +46,7 @@ def pbc5(image_size):
 
 
 def few_labels(load):
-    """The images of another data set, of which a few of each class are for training, and all others to score."""
+    """Another data set, of which a few cells of each class are for training and all others to score on."""
     images, target, _ = load()
     splits = []
     for seed in range(N_SPLITS):

@@ -97,6 +97,16 @@ def test_splits_of_generated_cells(few_cells, name):
     assert len({tuple(test) for _, _, test in splits}) == 30
 
 
+def test_splits_with_few_labels(few_cells, monkeypatch):
+    monkeypatch.setattr(few_cells, "N_LABELLED", 5)
+    images, target, splits = few_cells.few_labels(few_cells.DATA_SETS["brightfield"])
+    assert len(images) == len(target)
+    assert len(splits) == len({tuple(train) for _, train, _ in splits}) == 30
+    for _, train, test in splits:
+        np.testing.assert_array_equal(np.bincount(target[train]), [5] * 5)
+        np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(len(target)))
+
+
 def test_calibration_error(load_benchmark):
     calibration_error = load_benchmark("accuracy").calibration_error
     # Of ten rows at 0.75 seven are right, of ten at 0.95 all: (0.05 + 0.05) / 2.
