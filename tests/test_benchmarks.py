@@ -169,6 +169,29 @@ def test_harness(few_cells, load_benchmark, tmp_path, capsys):
     assert re.search(r"^\| event \| `sparseattn` \| `hog_svc` \| 2 \| [+-][\d.]+ \[", text, re.M)
 
 
+@pytest.mark.parametrize(("few", "times"), [(40, 1), (500, 8)])
+def test_cnns_see_few_rows_more_often(few_cells, load_benchmark, monkeypatch, few, times):
+    accuracy = load_benchmark("accuracy")
+    monkeypatch.setattr(accuracy, "FEW", few)  # of 60 cells 43 are for fitting
+    seen = {}
+    for name, base in (("cnn", accuracy.Cnn), ("other", object)):
+
+        class Counts(base):
+            n_iter_ = n_parameters_ = 1
+
+            def __init__(self, **recipe):
+                pass
+
+            def fit(self, X, y, X_val, y_val):
+                seen[name] = len(X), len(X_val)  # noqa: B023
+
+            def predict_proba(self, X):
+                return np.full((len(X), 2), 0.5)
+
+        accuracy.run_one("event", "seed0", name, Counts)
+    assert seen == {"cnn": (43 * times, 5), "other": (43, 5)}
+
+
 def test_a_run_that_fails_does_not_stop_the_others(few_cells, load_benchmark, tmp_path, capsys):
     accuracy = load_benchmark("accuracy")
     models = {"broken": accuracy.ours(max_epochs=-1), "hog_svc": accuracy.PEERS["hog_svc"]}
