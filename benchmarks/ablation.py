@@ -28,7 +28,7 @@ from sklearn_sparseattn.network.selection import turns
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "ablation.json", HERE / "README.md"
-DATA = ("pbc5", "jurkat", "event", "tcell")
+DATA = ("pbc5", "pbc5_few", "jurkat", "event", "tcell")
 
 
 # ---- controls: what replaces a part of the network ----
