@@ -126,7 +126,8 @@ def tables(results, results_of_accuracy):
         "",
         "n: splits (80/20 by seed, folds of jurkat, donors of T cells, draws of the labelled), mean ± "
         "standard deviation; the CNN is the better of ResNet50 and MobileNetV2, as far as run, from "
-        "scratch. A tenth of the training images was held out from all of them. More models, differences with intervals and how it was done: "
+        "scratch. A tenth of the training images was held out from all of them. More models, differences "
+        "with intervals and how it was done: "
         "[benchmarks](benchmarks/README.md).",
         "",
         "scikit-learn's digits, `cross_val_score` with `cv=3` and default settings: "
