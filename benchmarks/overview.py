@@ -140,8 +140,9 @@ def tables(results, results_of_accuracy):
         f"{run['multiply_adds'] / 1e6:.1f} M multiply-adds, {run['images_per_second']:.0f} images/s through "
         f"`predict_proba` with n_jobs=-1 on {where['cores']} cores.",
         "",
-        f"Machine: {where['processor']}, torch {where['torch']}, scikit-learn {where['scikit-learn']}. Made "
-        "from `benchmarks/accuracy.json` and `overview.json` by `benchmarks/overview.py`.",
+        f"Machine: {where['processor']}, torch {where['torch']}, scikit-learn {where['scikit-learn']}; "
+        "accuracies: those that [benchmarks](benchmarks/README.md#accuracy-against-other-models) "
+        "names. Made from `benchmarks/accuracy.json` and `overview.json` by `benchmarks/overview.py`.",
     ]
     return "\n".join(lines)
 
