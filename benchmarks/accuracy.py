@@ -70,7 +70,7 @@ class Vote:
 OURS = {
     "sparseattn": ours(),
     "sparseattn_paper_form": ours(variant="paper", focal_gamma=2.0),
-    "sparseattn_vote": partial(Vote, 5, weight_decay=1e-2),
+    "sparseattn_vote": partial(Vote, 3),
 }
 MODELS = {**OURS, **PEERS}
 
