@@ -66,6 +66,10 @@ class Vote:
         """Probabilities, (n, n_classes)."""
         return self.model_.predict_proba(X)
 
+    def accuracies(self, X, y):
+        """Accuracy of each fit by itself: they show what the random state alone does."""
+        return [float(accuracy_score(y, fit.predict(X))) for fit in self.model_.estimators_]
+
 
 OURS = {
     "sparseattn": ours(),
@@ -139,11 +143,15 @@ def run_one(data, split, name, estimator_factory):
         fitted = time.process_time()
         probabilities = estimator.predict_proba(images[test])
         predicted = time.process_time()
+    members = {}
+    if isinstance(estimator, Vote):
+        members = {"members": estimator.accuracies(images[test], target[test])}
     return {
         "data": data,
         "model": name,
         "split": split,
         **scores(probabilities, target[test]),
+        **members,
         **describe(estimator),
         "fit_seconds": fitted - start,
         "images_per_second": len(test) / (predicted - fitted),
