@@ -83,25 +83,18 @@ def tcell():
     return images, target, splits  # and no more: there are no other donors
 
 
-def generated(modality, image_size=64, n_more=0):
-    """As many cells as the paper has, and more to score on: they cost nothing, and make the noise smaller.
-
-    `n_more` times as many again only serve to train on: the test rows of a split stay what they are.
-    """
+def generated(modality, image_size=64):
+    """As many cells as the paper has, and more to score on: they cost nothing, and make the noise smaller."""
     counts = np.array(COUNTS[modality])
-    sizes = [counts, np.ceil(counts / counts.sum() * N_MORE).astype(int), *[n_more * counts] * (n_more > 0)]
+    more = np.ceil(counts / counts.sum() * N_MORE).astype(int)
     parts = [
         make_cells(n, modality=modality, n_classes=len(counts), image_size=image_size, random_state=i)
-        for i, n in enumerate(sizes)
+        for i, n in enumerate((counts, more))
     ]
     images, target = (np.concatenate([part[key] for part in parts]) for key in ("images", "target"))
-    ends = np.cumsum([len(part.target) for part in parts])
-    only_scored, only_trained = np.arange(ends[0], ends[1]), np.arange(ends[1], ends[-1])
-    splits = [
-        (name, np.append(train, only_trained), np.append(test, only_scored))
-        for name, train, test in random_splits(parts[0].target)
-    ]
-    return images, target, splits
+    only_scored = np.arange(counts.sum(), len(target))
+    splits = random_splits(parts[0].target)
+    return images, target, [(name, train, np.append(test, only_scored)) for name, train, test in splits]
 
 
 DATA_SETS = {
@@ -113,8 +106,6 @@ DATA_SETS = {
     "tcell": tcell,
     "opd": partial(generated, "opd"),
     "hologram": partial(generated, "hologram", 96),  # fewer pixels hold too few fringes
-    "opd_more": partial(generated, "opd", n_more=3),
-    "hologram_more": partial(generated, "hologram", 96, n_more=3),
     "event": partial(generated, "event"),
     "brightfield": partial(generated, "brightfield"),
 }
@@ -128,8 +119,6 @@ TITLES = {
     "tcell": "activation of T cells, one donor left out (real, 2 classes, 82×82)",
     "opd": "generated, opd (3 classes, 64×64)",
     "hologram": "generated, hologram (3 classes, 96×96)",
-    "opd_more": "generated, opd, 22,002 more to train on (3 classes, 64×64)",
-    "hologram_more": "generated, hologram, 22,002 more to train on (3 classes, 96×96)",
     "event": "generated, event (2 classes, 64×64)",
     "brightfield": "generated, brightfield (5 classes, 64×64 RGB)",
 }
@@ -152,7 +141,7 @@ def keep_fringes(images, rng):
 
 def augmentation(name):
     """The same for all models: "dihedral" or a function, as `SparseAttnClassifier` takes it."""
-    return keep_fringes if name.startswith("hologram") else "dihedral"
+    return keep_fringes if name == "hologram" else "dihedral"
 
 
 BATCH_SIZE = 32  # the same for all neural models
