@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -167,6 +168,22 @@ def test_harness(few_cells, load_benchmark, tmp_path, capsys):
     text = document.read_text()
     assert len(re.findall(r"^\| `(sparseattn|hog_svc)` \| 2 \| [\d.]+ ± [\d.]+ \|", text, re.M)) == 2
     assert re.search(r"^\| event \| `sparseattn` \| `hog_svc` \| 2 \| [+-][\d.]+ \[", text, re.M)
+
+
+def test_fits_that_vote(few_cells, load_benchmark):
+    accuracy = load_benchmark("accuracy")
+    one = accuracy.run_one("event", "seed1", "one", accuracy.ours(max_epochs=2))
+    two = accuracy.run_one("event", "seed1", "two", partial(accuracy.Vote, 2, max_epochs=2))
+    assert len(two["members"]) == 2
+    assert two["members"][0] == one["accuracy"]  # the first is the fit that would be alone
+    assert two["parameters"] == 2 * one["parameters"]
+    assert two["epochs"] == 2
+
+    images, target, _ = few_cells.load("event")
+    vote = accuracy.Vote(2, max_epochs=1, random_state=0).fit(images[:40], target[:40], None, None)
+    members = [fit.predict_proba(images) for fit in vote.model_.estimators_]
+    assert not np.array_equal(*members)
+    np.testing.assert_allclose(vote.predict_proba(images), np.mean(members, axis=0))
 
 
 @pytest.mark.parametrize(("few", "times"), [(40, 1), (500, 8)])
