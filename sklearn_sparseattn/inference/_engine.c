@@ -178,30 +178,64 @@ INLINE lanes sigmoid(lanes x) {
 
 /* ---- coarse network ---- */
 
+/* LANES numbers. Where the processor has no vectors so long, GCC would take `whole` apart number by number, through
+   memory: there it is two. The results are the same. */
+typedef union { doubles whole; half_doubles halves[2]; } Sums;
+
+INLINE Sums load_sums(const double *from, int whole) {
+    Sums sums;
+    if (whole) sums.whole = load_doubles(from);
+    else UNROLL for (int h = 0; h < 2; h++) sums.halves[h] = load_half(from + h * (LANES / 2));
+    return sums;
+}
+
+INLINE void add_product(Sums *sums, double factor, const double *weight, int whole) {
+    if (whole) sums->whole += factor * load_doubles(weight);
+    else UNROLL for (int h = 0; h < 2; h++) sums->halves[h] += factor * load_half(weight + h * (LANES / 2));
+}
+
+INLINE void store_rectified(float *to, const Sums *sums, int whole) {
+    if (whole) store(to, rectified(__builtin_convertvector(sums->whole, lanes)));
+    else UNROLL for (int h = 0; h < 2; h++) {
+        four value = __builtin_convertvector(sums->halves[h], four);
+        *(four *)(to + h * (LANES / 2)) = (four)((whole_four)value & (value > 0));
+    }
+}
+
 /* One row of the outputs from `first` on, of a stage, from three rows of its input. The sums are in float64: scores can
    be a hundred times as large as the differences that choose pixels. */
 INLINE void convolve_lanes(const double *const *input, size_t channels, float *output, const Map *out,
-                           const Stage *stage, int32_t first, int n_columns, int n_lanes) {
+                           const Stage *stage, int32_t first, int n_columns, int n_lanes, int whole) {
     size_t apart = stage->stride * channels;
     for (int32_t j = 0; j < out->columns; j += n_columns) {
         const double *weight = stage->weight + first;
-        doubles sums[MOST_SUMS / 2]; /* twice as long as vectors of floats */
+        Sums sums[MOST_SUMS / 2]; /* twice as long as vectors of floats */
         UNROLL for (int c = 0; c < n_columns; c++)
             UNROLL for (int l = 0; l < n_lanes; l++)
-                sums[c * n_lanes + l] = load_doubles(stage->bias + first + l * LANES);
+                sums[c * n_lanes + l] = load_sums(stage->bias + first + l * LANES, whole);
         for (int row = 0; row < 3; row++)
             for (const double *cell = input[row] + j * apart, *end = cell + 3 * channels; cell < end; cell++) {
                 UNROLL for (int c = 0; c < n_columns; c++)
                     UNROLL for (int l = 0; l < n_lanes; l++)
-                        sums[c * n_lanes + l] += cell[c * apart] * load_doubles(weight + l * LANES);
+                        add_product(&sums[c * n_lanes + l], cell[c * apart], weight + l * LANES, whole);
                 weight += stage->n_outputs;
             }
         UNROLL for (int c = 0; c < n_columns; c++)
             UNROLL for (int l = 0; l < n_lanes; l++)
                 if (j + c < out->columns)
-                    store(output + first + (size_t)(j + c) * out->channels + l * LANES,
-                          rectified(__builtin_convertvector(sums[c * n_lanes + l], lanes)));
+                    store_rectified(output + first + (size_t)(j + c) * out->channels + l * LANES,
+                                    &sums[c * n_lanes + l], whole);
     }
+}
+
+INLINE void convolve_row(const double *const *input, size_t channels, float *output, const Map *out,
+                         const Stage *stage, int whole) {
+    int32_t first = 0, left = stage->n_outputs / LANES;
+    for (; left >= 5 || left == 3; left -= 3, first += 3 * LANES)
+        convolve_lanes(input, channels, output, out, stage, first, 2, 3, whole);
+    for (; left >= 2; left -= 2, first += 2 * LANES)
+        convolve_lanes(input, channels, output, out, stage, first, 3, 2, whole);
+    if (left) convolve_lanes(input, channels, output, out, stage, first, 6, 1, whole);
 }
 
 /* 3x3 convolution, batch norm and ReLU, of the image or, if that is NULL, of the map of the stage before. */
@@ -215,12 +249,8 @@ INLINE void convolve(const Image *image, const Map *map, double *rows, const Map
             for (size_t n = 0; n < pitch && !image; n++) rows[row * pitch + n] = map->frame[start + n];
         }
         float *output = out->cell + i * out->pitch;
-        int32_t first = 0, left = stage->n_outputs / LANES;
-        for (; left >= 5 || left == 3; left -= 3, first += 3 * LANES)
-            convolve_lanes(input, channels, output, out, stage, first, 2, 3);
-        for (; left >= 2; left -= 2, first += 2 * LANES)
-            convolve_lanes(input, channels, output, out, stage, first, 3, 2);
-        if (left) convolve_lanes(input, channels, output, out, stage, first, 6, 1);
+        if (HAS_LONG_VECTORS) convolve_row(input, channels, output, out, stage, 1);
+        else convolve_row(input, channels, output, out, stage, 0);
     }
 }
 
@@ -255,12 +285,13 @@ INLINE int score(const Plan *plan, const Scratch *scratch) {
     for (int32_t i = 0; i < rows; i++)
         for (int32_t j = 0; j < columns; j++, cell_score++) {
             const float *cell = middle->cell + i * middle->pitch + (size_t)j * middle->channels;
-            doubles sum = {0}; /* of large numbers of either sign */
+            half_doubles sum[2] = {0}; /* of large numbers of either sign */
             for (int32_t l = 0; l < middle->channels; l += LANES)
-                sum += __builtin_convertvector(load(cell + l), doubles) *
-                       __builtin_convertvector(load(plan->score + l), doubles);
+                UNROLL for (int h = 0; h < 2; h++)
+                    sum[h] += __builtin_convertvector(*(const four *)(cell + l + h * (LANES / 2)), half_doubles) *
+                              __builtin_convertvector(*(const four *)(plan->score + l + h * (LANES / 2)), half_doubles);
             double total = plan->score[middle->channels];
-            for (int l = 0; l < LANES; l++) total += sum[l];
+            for (int l = 0; l < LANES; l++) total += sum[l / (LANES / 2)][l % (LANES / 2)];
             *cell_score = total;
             finite &= fabsf(*cell_score) < 1e37f;
         }

@@ -14,8 +14,11 @@
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef double doubles __attribute__((vector_size(8 * LANES)));
 typedef double near_doubles __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
+typedef double half_doubles __attribute__((vector_size(4 * LANES)));
+typedef double near_half_doubles __attribute__((vector_size(4 * LANES), aligned(8), may_alias));
 typedef int32_t whole_lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t whole_four __attribute__((vector_size(16), aligned(4), may_alias));
 
 /* Files and digests, from setup.py: what a library was built from. Each includes this header once. */
 #ifndef SPARSEATTN_SOURCES
@@ -29,14 +32,18 @@ const char *sparseattn_sources(void) { return SPARSEATTN_SOURCES; }
 /* A function with everything in it is compiled for several processors; the loader takes the best. */
 #if !(defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__)) || defined(__clang__)
 #define EACH_PROCESSOR
+#define HAS_LONG_VECTORS 0
 #elif __GNUC__ >= 12
 #define EACH_PROCESSOR __attribute__((flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define HAS_LONG_VECTORS __builtin_cpu_supports("x86-64-v4")
 #else /* which does not know these names */
 #define EACH_PROCESSOR __attribute__((flatten, target_clones("fma", "default")))
+#define HAS_LONG_VECTORS 0
 #endif
 
 INLINE lanes load(const float *from) { return *(const lanes *)from; }
 INLINE doubles load_doubles(const double *from) { return *(const near_doubles *)from; }
+INLINE half_doubles load_half(const double *from) { return *(const near_half_doubles *)from; }
 INLINE void store(float *to, lanes value) { *(lanes *)to = value; }
 INLINE lanes rectified(lanes value) { return (lanes)((whole_lanes)value & (value > 0)); }
 
