@@ -172,7 +172,6 @@ VARIANTS = {
     "max_epochs=120": {"max_epochs": 120},
     "batch_size=64": {"batch_size": 64},
     "weight_decay=1e-2": {"weight_decay": 1e-2},
-    "weight_decay=3e-2": {"weight_decay": 3e-2},
     "early_stopping": {"early_stopping": True},
 }
 

@@ -277,7 +277,7 @@ def plain(peer, **options):
 
 # name -> function of augment, batch_size and random_state that gives a peer.
 PEERS = {
-    # 1.8 times as fast where the processor has bfloat16, 20 times slower elsewhere; evaluated in float32.
+    # 1.8 times as fast where the processor has bfloat16, many times slower elsewhere; evaluated in float32.
     "resnet50": cnn(resnet50, bfloat16=torch.cpu._is_avx512_bf16_supported()),
     "mobilenetv2": cnn(mobilenetv2),
     "lenet": cnn(lenet),
