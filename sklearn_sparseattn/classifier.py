@@ -66,6 +66,9 @@ class SparseAttnClassifier(FittedNetwork):
         Weight of the loss by which the fine attention teaches the coarse one.
     distillation_emphasis : float or None, default=2.0
         Sharpness of the two distributions it compares; None takes the form printed in the paper.
+    consistency_weight : float, default=0.0
+        Weight of a loss by which two augmented views of each image get one answer; needs `augment`. At 1 a fit
+        takes 1.7 times as long, and predictions cost the same.
     lr, weight_decay : float, default=1e-2, 1e-4
         Learning rate of AdamW, with "onecycle" its peak, and its weight decay.
     lr_schedule : {"onecycle", "plateau"} or None, default="onecycle"
@@ -121,8 +124,8 @@ class SparseAttnClassifier(FittedNetwork):
     n_iter_ : int
         Epochs trained.
     history_ : dict of ndarray of shape (n_iter_,)
-        By epoch: "epoch", "train_loss" and its terms "focal_loss", "contrastive_loss", "distillation_loss"
-        (unweighted), "k", "lr", "duration" in seconds and, with validation rows, "valid_loss" (focal) and
+        By epoch: "epoch", "train_loss" and its terms "focal_loss", "contrastive_loss", "distillation_loss",
+        "consistency_loss" (unweighted), "k", "lr", "duration" in seconds and, with validation rows, "valid_loss" (focal) and
         "valid_score" (accuracy). ``pandas.DataFrame(clf.history_)`` is a table.
     network_ : SparseAttnNet
         The fitted PyTorch module. What predicts was made from it: to change it changes no answers.
@@ -190,6 +193,7 @@ class SparseAttnClassifier(FittedNetwork):
         temperature=0.07,
         distillation_weight=0.02,
         distillation_emphasis=2.0,
+        consistency_weight=0.0,
         lr=1e-2,
         weight_decay=1e-4,
         lr_schedule="onecycle",
@@ -227,6 +231,7 @@ class SparseAttnClassifier(FittedNetwork):
         self.temperature = temperature
         self.distillation_weight = distillation_weight
         self.distillation_emphasis = distillation_emphasis
+        self.consistency_weight = consistency_weight
         self.lr = lr
         self.weight_decay = weight_decay
         self.lr_schedule = lr_schedule
@@ -273,7 +278,7 @@ class SparseAttnClassifier(FittedNetwork):
         OSError
             If the checkpoint cannot be written; the last one is still there.
         """
-        self._validate_params()
+        self._check_params()
         device = resolve_device(self.device)
         fresh = not (self.warm_start and hasattr(self, "network_"))
         images, y, weight = self._check_training_rows(X, y, sample_weight, reset=fresh)
@@ -335,7 +340,7 @@ class SparseAttnClassifier(FittedNetwork):
         ValueError
             If `classes` is missing in the first call or differs later, or as in `fit`.
         """
-        self._validate_params()
+        self._check_params()
         if isinstance(self.class_weight, str):
             raise ValueError(
                 f"class_weight={self.class_weight!r} needs all rows at once, which partial_fit does not see: "
@@ -366,6 +371,14 @@ class SparseAttnClassifier(FittedNetwork):
         self._finish(network, result, first)
         self._resume = result.resume
         return self
+
+    def _check_params(self) -> None:
+        self._validate_params()
+        if self.consistency_weight and self.augment is None:
+            raise ValueError(
+                f"consistency_weight={self.consistency_weight!r} compares two augmented views of each image, and "
+                "augment=None makes none: set it, or a weight of 0."
+            )
 
     @property
     def _needs_validation(self) -> bool:

@@ -43,6 +43,7 @@ CONSTRAINTS: dict = {
     "temperature": _POSITIVE,
     "distillation_weight": _NON_NEGATIVE,
     "distillation_emphasis": [*_POSITIVE, None],
+    "consistency_weight": _NON_NEGATIVE,
     "lr": _POSITIVE,
     "weight_decay": _NON_NEGATIVE,
     "lr_schedule": [StrOptions({"onecycle", "plateau"}), None],

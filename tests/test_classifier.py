@@ -486,6 +486,33 @@ def test_augment_sees_scaled_images_and_our_generator():
     assert generator is np.random.Generator
 
 
+def test_consistency_gives_views_of_an_image_one_answer():
+    """Against the same fit without: mirrored images, also new ones, are answered more alike."""
+
+    def apart(weight):
+        clf = quick(max_epochs=15, augment="dihedral", consistency_weight=weight).fit(X, Y)
+        new = disks(seed=1)[0]
+        log_p, log_q = (np.log(clf.predict_proba(images)) for images in (new, new[:, ::-1]))
+        return ((np.exp(log_p) - np.exp(log_q)) * (log_p - log_q)).sum(1).mean() / 2, clf.history_
+
+    (without, plain), (with_it, history) = apart(0.0), apart(5.0)
+    assert with_it < 0.5 * without
+    assert not plain["consistency_loss"].any()
+    assert (history["consistency_loss"] > 0).all()
+    total = history["focal_loss"] + 0.1 * history["contrastive_loss"] + 0.02 * history["distillation_loss"]
+    np.testing.assert_allclose(history["train_loss"], total + 5 * history["consistency_loss"], rtol=1e-5)
+
+
+def test_consistency_in_single_passes_and_from_the_same_seed():
+    first, second = (
+        quick(augment="dihedral", consistency_weight=1).partial_fit(X, Y, classes=[0, 1, 2]).partial_fit(X, Y)
+        for _ in range(2)
+    )
+    np.testing.assert_array_equal(first.predict_proba(X), second.predict_proba(X))
+    with pytest.raises(ValueError, match="consistency_weight=1 compares two augmented views"):
+        quick(consistency_weight=1).partial_fit(X, Y, classes=[0, 1, 2])
+
+
 def test_callbacks_are_called():
     class Count(skorch.callbacks.Callback):
         n_epochs = 0
@@ -670,6 +697,7 @@ BAD_PARAMETERS = {
     "temperature": [0.0, -1],
     "distillation_weight": [-1],
     "distillation_emphasis": [0, "strong"],
+    "consistency_weight": [-0.1, None, 1.0],  # the last as there is nothing to make views by
     "lr": [0, -1e-3],
     "weight_decay": [-1],
     "lr_schedule": ["cosine", 1],

@@ -14,6 +14,7 @@ _LOSSES = {
     "focal_loss": ("answer", "#0072B2", "-"),
     "contrastive_loss": ("contrastive", "#009E73", "--"),
     "distillation_loss": ("distillation", "#D55E00", "-."),
+    "consistency_loss": ("consistency", "#CC79A7", (0, (3, 1, 1, 1, 1, 1))),
     "valid_loss": ("answer, validation", "#0072B2", ":"),
 }
 

@@ -47,6 +47,7 @@ class LabelledImages(Dataset):
         rows: npt.NDArray[np.intp],
         augment: Augmentation | None = None,
         rng: np.random.Generator | None = None,
+        n_views: int = 1,
     ) -> Batch:
         """Make one batch.
 
@@ -58,18 +59,24 @@ class LabelledImages(Dataset):
             Applied to the scaled images.
         rng : numpy.random.Generator, default=None
             For `augment`.
+        n_views : int, default=1
+            How often each image is augmented anew.
 
         Returns
         -------
-        images : Tensor of shape (b, C, H, W), float32
-            Scaled.
-        (target, weight) : tuple of Tensor of shape (b,)
+        images : Tensor of shape (n_views * b, C, H, W), float32
+            Scaled; the b images in their first view, then in the next.
+        (target, weight) : tuple of Tensor of shape (n_views * b,)
             Class indices and weights.
         """
         images = self.scale.finite(self.images.read(rows))
         if augment is not None and rng is not None:
-            images = _augmented(images, augment, rng)
-        return torch.from_numpy(images), (self.target[rows], self.weight[rows])
+            others = [_augmented(images.copy(), augment, rng) for _ in range(n_views - 1)]
+            images = np.concatenate([*others, _augmented(images, augment, rng)])
+        else:
+            n_views = 1
+        target, weight = self.target[rows], self.weight[rows]
+        return torch.from_numpy(images), (target.repeat(n_views), weight.repeat(n_views))
 
 
 def _augmented(images: np.ndarray, augment: Augmentation, rng: np.random.Generator) -> np.ndarray:
@@ -102,6 +109,8 @@ class Batches:
         Shuffles the rows anew in every pass and drives `augment`; None keeps their order.
     augment : callable, default=None
         ``augment(images, rng)``.
+    n_views : int, default=1
+        How often each image of a batch is augmented anew; only with `augment`.
     """
 
     def __init__(
@@ -110,10 +119,12 @@ class Batches:
         batch_size: int,
         rng: np.random.Generator | None = None,
         augment: Augmentation | None = None,
+        n_views: int = 1,
     ) -> None:
         self.dataset = dataset
         self.rng = rng
         self.augment = augment
+        self.n_views = n_views
         self.n_batches = count_batches(len(dataset), batch_size)
 
     def __len__(self) -> int:
@@ -124,7 +135,7 @@ class Batches:
         order = np.arange(n_rows) if self.rng is None else self.rng.permutation(n_rows)
         for rows in np.array_split(order, self.n_batches):
             # Sorted, a memory map is read forwards.
-            yield self.dataset.read(np.sort(rows), self.augment, self.rng)
+            yield self.dataset.read(np.sort(rows), self.augment, self.rng, self.n_views)
 
 
 def count_batches(n_rows: int, batch_size: int) -> int:

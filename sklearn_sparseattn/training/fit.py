@@ -43,6 +43,7 @@ class TrainingSettings:
     temperature: float
     distillation_weight: float
     distillation_emphasis: float | None
+    consistency_weight: float
     early_stopping: bool
     patience: int
     callbacks: Sequence[Any] | None
@@ -120,7 +121,7 @@ def train(
     class_weight : ndarray of shape (n_classes,)
         alpha by class.
     augment : callable or None
-        Of the training images.
+        Of the training images; needed if consistency has a weight.
     rng : numpy.random.Generator
         Shuffles the rows and drives `augment`.
     device : torch.device
@@ -169,6 +170,7 @@ def train(
         iterator_train=Batches,
         iterator_train__rng=rng,
         iterator_train__augment=augment,
+        iterator_train__n_views=2 if settings.consistency_weight else 1,
         iterator_valid=Batches,
         train_split=None if validation is None else predefined_split(validation),
         callbacks=callbacks,
@@ -238,6 +240,7 @@ def _loss(settings: TrainingSettings, class_weight: np.ndarray) -> SparseAttnLos
         settings.temperature,
         settings.distillation_weight,
         settings.distillation_emphasis,
+        settings.consistency_weight,
     )
 
 

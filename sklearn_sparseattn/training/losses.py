@@ -1,4 +1,4 @@
-"""The three terms of the training loss: focal, contrastive and distillation.
+"""The terms of the training loss: focal, contrastive, distillation and, with two views, consistency.
 
 Plain functions of tensors, for float32 and float64 on any device. None of them waits for the
 device: no value of a tensor decides a branch.
@@ -182,6 +182,45 @@ def distillation_loss(
         fine = emphasis * _standardize(fine)
     # kl_div(input, target) is KL(target || input).
     return F.kl_div(fine.log_softmax(1), coarse.log_softmax(1), reduction="batchmean", log_target=True)
+
+
+def consistency_loss(logits: Tensor) -> Tensor:
+    r"""Let two views of an image have one answer, as in [1]_.
+
+    Parameters
+    ----------
+    logits : Tensor of shape (2 * B, n_classes), float32 or float64
+        Class scores before the softmax, finite: of B images, then of other views of the same, in this order.
+
+    Returns
+    -------
+    loss : Tensor, scalar
+        >= 0.
+
+    Notes
+    -----
+    With :math:`p_i` and :math:`q_i` the softmax probabilities of the two views of image i, the mean over the
+    images of both directions of the Kullback-Leibler divergence,
+
+    .. math::
+       \frac{1}{B} \sum_i \tfrac{1}{2} \big[ KL(p_i || q_i) + KL(q_i || p_i) \big]
+       = \frac{1}{2 B} \sum_i \sum_c (p_{ic} - q_{ic}) (\log p_{ic} - \log q_{ic}) .
+
+    The paper of SparseAttnNet has no such term. In [1]_ the two views are two draws of dropout.
+
+    References
+    ----------
+    .. [1] Liang et al., "R-Drop: Regularized Dropout for Neural Networks", NeurIPS (2021), arXiv 2106.14448.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sklearn_sparseattn.training import consistency_loss
+    >>> consistency_loss(torch.tensor([[1.0, 0.0], [3.0, 2.0]])).item()
+    0.0
+    """
+    one, other = logits.log_softmax(1).chunk(2)
+    return ((one.exp() - other.exp()) * (one - other)).sum(1).mean() / 2
 
 
 def _standardize(values: Tensor) -> Tensor:

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from ..network import SparseAttnOutput
 from ..network.compiled import pytorch_alone
-from .losses import contrastive_loss, distillation_loss, focal_loss
+from .losses import consistency_loss, contrastive_loss, distillation_loss, focal_loss
 
-LOSS_TERMS = ("focal_loss", "contrastive_loss", "distillation_loss")
+LOSS_TERMS = ("focal_loss", "contrastive_loss", "distillation_loss", "consistency_loss")
 
 _MOMENTUM = 0.5  # of running statistics in training; after it they are computed anew
 _ROUNDING = 1e-5  # of float32 sums, with a margin
 
 
 class SparseAttnLoss(nn.Module):
-    """Focal + contrastive + distillation loss of a batch (eq. 20 in [1]_).
+    """Focal + contrastive + distillation loss of a batch (eq. 20 in [1]_), and consistency of two views.
 
     Parameters
     ----------
@@ -36,6 +36,8 @@ class SparseAttnLoss(nn.Module):
         Weight of the distillation loss.
     distillation_emphasis : float or None
         See `distillation_loss`.
+    consistency_weight : float, default=0.0
+        Weight of the consistency loss. Above 0, a batch in training is B images and then other views of them.
 
     References
     ----------
@@ -52,6 +54,7 @@ class SparseAttnLoss(nn.Module):
         temperature: float,
         distillation_weight: float,
         distillation_emphasis: float | None,
+        consistency_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.focal_gamma = focal_gamma
@@ -60,6 +63,7 @@ class SparseAttnLoss(nn.Module):
         self.temperature = temperature
         self.distillation_weight = distillation_weight
         self.distillation_emphasis = distillation_emphasis
+        self.consistency_weight = consistency_weight
 
     def focal(self, output: SparseAttnOutput, target: Tensor, weight: Tensor) -> Tensor:
         """sum(w l) / B: weights that were normalised over all rows keep their meaning in a batch."""
@@ -87,7 +91,7 @@ class SparseAttnLoss(nn.Module):
         Returns
         -------
         dict of Tensor
-            The three terms, unweighted, and "total".
+            The four terms, unweighted, and "total". Consistency is 0 if it has no weight.
         """
         focal = self.focal(output, target, weight)
         # A term without weight is still written down, but costs no backward pass.
@@ -100,7 +104,11 @@ class SparseAttnLoss(nn.Module):
             emphasis=self.distillation_emphasis,
         )
         total = focal + self.contrastive_weight * contrastive + self.distillation_weight * distillation
-        terms = dict(zip(LOSS_TERMS, (focal, contrastive, distillation), strict=True))
+        consistency = torch.zeros_like(focal)
+        if self.consistency_weight:
+            consistency = consistency_loss(output.logits)
+            total = total + self.consistency_weight * consistency
+        terms = dict(zip(LOSS_TERMS, (focal, contrastive, distillation, consistency), strict=True))
         return {**terms, "total": total}
 
 
@@ -113,8 +121,8 @@ class SparseAttnTrainer(skorch.NeuralNet):
             return super().train_step(batch, **fit_params)
 
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
-        """Train on a batch; one of a single row uses the running statistics of batch norm."""
-        training = len(batch[0]) > 1
+        """Train on a batch; one of a single row, or two views of it, has the running statistics of batch norm."""
+        training = len(batch[0]) > (2 if self.criterion_.consistency_weight else 1)
         if any(module.training != training for module in self.module_.modules()):  # to tell all takes longer
             self._set_training(training)
         images, labels = batch

@@ -115,6 +115,22 @@ def test_augment_sees_the_scaled_images_and_the_generator():
     assert dataset.images.data.max() == 5
 
 
+def test_views_of_a_batch_are_augmented_one_after_the_other():
+    def augment(images, rng):
+        images += 10 * rng.integers(1, 100, size=(len(images), 1, 1, 1))  # written to: each view has its own
+        return images
+
+    rng = np.random.default_rng(3)
+    for images, (target, weight) in Batches(labelled(6), 3, rng, augment, n_views=2):
+        assert images.shape == (6, 1, 2, 3)
+        assert target[:3].tolist() == target[3:].tolist() == weight[:3].tolist() == weight[3:].tolist()
+        assert (images % 10 == target.view(-1, 1, 1, 1)).all()
+        assert ((images >= 10) & (images < 1000)).all()
+        assert not torch.equal(images[:3], images[3:])
+    plain, _ = labelled(6).read(np.arange(6), n_views=2)
+    assert len(plain) == 6  # nothing to tell views apart by
+
+
 @pytest.mark.parametrize(
     "augment",
     [lambda images, rng: images[:, :, 1:], lambda images, rng: images[1:], lambda images, rng: images[0]],

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sklearn_sparseattn.training import contrastive_loss, distillation_loss, focal_loss
+from sklearn_sparseattn.training import consistency_loss, contrastive_loss, distillation_loss, focal_loss
 
 seeds = st.integers(0, 2**32 - 1)
 scales = st.sampled_from([1e-3, 0.1, 1.0, 10.0, 100.0])
@@ -406,3 +406,53 @@ def test_float32_and_float64_agree(seed, weights):
         )
 
     torch.testing.assert_close(losses(torch.float32).double(), losses(torch.float64), rtol=1e-4, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------- consistency
+
+
+def consistency_reference(logits):
+    """Both directions of KL, written out as sums of p log(p / q)."""
+    n, total = len(logits) // 2, 0.0
+    for row, other in zip(logits[:n], logits[n:], strict=True):
+        log_p, log_q = log_softmax(row), log_softmax(other)
+        forth = sum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True))
+        back = sum(math.exp(q) * (q - p) for p, q in zip(log_p, log_q, strict=True))
+        total += (forth + back) / 2
+    return total / n
+
+
+@given(seed=seeds, scale=scales, dtype=dtypes, n=st.integers(1, 6), n_classes=st.integers(2, 5))
+def test_consistency_follows_the_equation(seed, scale, dtype, n, n_classes):
+    logits = tensor(np.random.default_rng(seed).normal(size=(2 * n, n_classes)) * scale, dtype)
+    loss = consistency_loss(logits)
+    assert loss.dtype == dtype
+    assert loss >= 0
+    close(loss, consistency_reference(logits.tolist()), rtol=1e-4 if dtype == torch.float32 else 1e-10)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (8, 3)])
+def test_consistency_gradient(shape):
+    logits = tensor(np.random.default_rng(0).normal(size=shape), grad=True)
+    assert torch.autograd.gradcheck(consistency_loss, logits)
+    found = gradient(consistency_loss(logits), logits)
+    assert found[: shape[0] // 2].any()  # both views learn
+    assert found[shape[0] // 2 :].any()
+
+
+def test_consistency_is_zero_for_one_answer_and_finite_at_the_extremes():
+    view = tensor(np.random.default_rng(0).normal(size=(3, 4)), torch.float32)
+    assert consistency_loss(torch.cat([view, view + 5])).item() == pytest.approx(0, abs=1e-6)
+    far = tensor([[1e4, 0.0], [0.0, 1e4]], torch.float32, grad=True)
+    close(consistency_loss(far), 1e4)
+    gradient(consistency_loss(far), far)
+
+
+@given(seed=seeds)
+def test_consistency_knows_neither_order_nor_direction(seed):
+    rng = np.random.default_rng(seed)
+    one, other = (tensor(rng.normal(size=(5, 3))) for _ in range(2))
+    order = torch.tensor(rng.permutation(5))
+    loss = consistency_loss(torch.cat([one, other]))
+    for same in (torch.cat([other, one]), torch.cat([one[order], other[order]])):
+        torch.testing.assert_close(consistency_loss(same), loss)

@@ -15,8 +15,8 @@ from sklearn_sparseattn import SparseAttnClassifier
 from sklearn_sparseattn.datasets import make_cells
 from sklearn_sparseattn.images import ImageRows, PixelScale
 from sklearn_sparseattn.network import SparseAttnNet
-from sklearn_sparseattn.training import contrastive_loss, distillation_loss, focal_loss, net
-from sklearn_sparseattn.training.batches import Batches, LabelledImages
+from sklearn_sparseattn.training import consistency_loss, contrastive_loss, distillation_loss, focal_loss, net
+from sklearn_sparseattn.training.batches import Batches, LabelledImages, dihedral
 from sklearn_sparseattn.training.net import (
     LOSS_TERMS,
     LearningRate,
@@ -71,12 +71,13 @@ def make_batch(n=7, seed=0):
         {"distillation_weight": 0.0},
         {"contrastive_weight": 0.0, "distillation_weight": 0.0},
         {"distillation_emphasis": None, "focal_gamma": 0.0},
+        {"consistency_weight": 0.6},
     ],
     ids=str,
 )
 def test_total_is_the_weighted_sum_of_the_terms(changes, variant):
     settings = {**SETTINGS, **changes}
-    images, target, weight = make_batch()
+    images, target, weight = make_batch(8)
     network = make_network(variant=variant).train()
     output = network(images)
     terms = SparseAttnLoss(**settings)(output, target, weight)
@@ -96,6 +97,13 @@ def test_total_is_the_weighted_sum_of_the_terms(changes, variant):
         + settings["contrastive_weight"] * contrastive
         + settings["distillation_weight"] * distillation
     )
+    if "consistency_weight" in settings:  # then the batch is four images and other views of them
+        consistency = consistency_loss(output.logits)
+        torch.testing.assert_close(terms["consistency_loss"], consistency)
+        assert consistency > 0
+        total = total + 0.6 * consistency
+    else:
+        assert terms["consistency_loss"] == 0
     torch.testing.assert_close(terms["total"], total)
 
     # A weight of 0 leaves the gradients to the other terms; in the paper's form the scores learn by
@@ -138,10 +146,10 @@ def make_dataset(n=9, seed=0):
     return label_images(images, rng.integers(0, 3, n), rng.uniform(0.5, 2, n), PixelScale((0.0, 255.0)))
 
 
-def make_trainer(network, **options):
+def make_trainer(network, *, consistency_weight=0.0, **options):
     return SparseAttnTrainer(
         network,
-        criterion=SparseAttnLoss(**SETTINGS),
+        criterion=SparseAttnLoss(**SETTINGS, consistency_weight=consistency_weight),
         optimizer=torch.optim.SGD,
         lr=0.01,
         max_epochs=2,
@@ -164,9 +172,12 @@ def changed(before, after):
 
 
 @pytest.mark.parametrize(("n", "moves"), [(1, False), (2, True)])
-def test_a_single_row_uses_the_running_statistics(n, moves):
+@pytest.mark.parametrize("n_views", [1, 2])
+def test_a_single_row_uses_the_running_statistics(n, moves, n_views):
     network = make_network()
-    trainer = make_trainer(network)
+    views = {"iterator_train__rng": np.random.default_rng(0), "iterator_train__augment": dihedral}
+    options = {"consistency_weight": 0.5, "iterator_train__n_views": 2, **views} if n_views == 2 else {}
+    trainer = make_trainer(network, **options)
     before, weights = running_statistics(network), [p.clone() for p in network.parameters()]
     trainer.partial_fit(make_dataset(n))
     assert bool(changed(before, running_statistics(network))) == moves
