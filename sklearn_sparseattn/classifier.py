@@ -67,8 +67,8 @@ class SparseAttnClassifier(FittedNetwork):
     distillation_emphasis : float or None, default=2.0
         Sharpness of the two distributions it compares; None takes the form printed in the paper.
     consistency_weight : float, default=0.0
-        Weight of a loss by which two augmented views of each image get one answer; needs `augment`. At 1 a fit
-        takes 1.7 times as long, and predictions cost the same.
+        Weight of a loss by which two augmented views of each image get one answer; needs `augment`. With it a
+        fit takes 1.7 times as long; predictions cost the same.
     lr, weight_decay : float, default=1e-2, 1e-4
         Learning rate of AdamW, with "onecycle" its peak, and its weight decay.
     lr_schedule : {"onecycle", "plateau"} or None, default="onecycle"
@@ -125,8 +125,8 @@ class SparseAttnClassifier(FittedNetwork):
         Epochs trained.
     history_ : dict of ndarray of shape (n_iter_,)
         By epoch: "epoch", "train_loss" and its terms "focal_loss", "contrastive_loss", "distillation_loss",
-        "consistency_loss" (unweighted), "k", "lr", "duration" in seconds and, with validation rows, "valid_loss" (focal) and
-        "valid_score" (accuracy). ``pandas.DataFrame(clf.history_)`` is a table.
+        "consistency_loss" (unweighted), "k", "lr", "duration" in seconds and, with validation rows,
+        "valid_loss" (focal) and "valid_score" (accuracy). ``pandas.DataFrame(clf.history_)`` is a table.
     network_ : SparseAttnNet
         The fitted PyTorch module. What predicts was made from it: to change it changes no answers.
 
@@ -376,8 +376,8 @@ class SparseAttnClassifier(FittedNetwork):
         self._validate_params()
         if self.consistency_weight and self.augment is None:
             raise ValueError(
-                f"consistency_weight={self.consistency_weight!r} compares two augmented views of each image, and "
-                "augment=None makes none: set it, or a weight of 0."
+                f"consistency_weight={self.consistency_weight!r} compares two augmented views of each image, "
+                "and augment=None makes none: set it, or a weight of 0."
             )
 
     @property

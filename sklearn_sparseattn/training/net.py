@@ -121,7 +121,7 @@ class SparseAttnTrainer(skorch.NeuralNet):
             return super().train_step(batch, **fit_params)
 
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
-        """Train on a batch; one of a single row, or two views of it, has the running statistics of batch norm."""
+        """Train on a batch; one of a single row uses the running statistics of batch norm."""
         training = len(batch[0]) > (2 if self.criterion_.consistency_weight else 1)
         if any(module.training != training for module in self.module_.modules()):  # to tell all takes longer
             self._set_training(training)
