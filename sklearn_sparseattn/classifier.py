@@ -54,6 +54,8 @@ class SparseAttnClassifier(FittedNetwork):
     variant : {"context", "paper"}, default="context"
         What a token knows: position and values of its pixel, with "context" also the coarse features there;
         and which pixels are chosen: the k highest scores, with "context" not all next to each other.
+    gate_init : float in (0, 1), default=0.5
+        How far the gates of the tokens are open before training; later that is up to the pixels' scores.
     embed_dim, n_heads : int, default=32, 2
         Length D of a token, and heads of the fine attention, at most D.
     hidden_dim : int, default=128
@@ -184,6 +186,7 @@ class SparseAttnClassifier(FittedNetwork):
         k_momentum=MOMENTUM,
         k_update="epoch",
         variant="context",
+        gate_init=0.5,
         embed_dim=32,
         n_heads=2,
         hidden_dim=128,
@@ -222,6 +225,7 @@ class SparseAttnClassifier(FittedNetwork):
         self.k_momentum = k_momentum
         self.k_update = k_update
         self.variant = variant
+        self.gate_init = gate_init
         self.embed_dim = embed_dim
         self.n_heads = n_heads
         self.hidden_dim = hidden_dim

@@ -34,6 +34,7 @@ CONSTRAINTS: dict = {
     "k_momentum": [Range(Real, 0, 1, closed="left")],
     "k_update": [StrOptions({"batch", "epoch"})],
     "variant": [StrOptions({"context", "paper"})],
+    "gate_init": [Range(Real, 0, 1, closed="neither")],
     "embed_dim": _POSITIVE_INTEGER,
     "n_heads": _POSITIVE_INTEGER,
     "hidden_dim": _POSITIVE_INTEGER,
