@@ -6,14 +6,14 @@ Each function reads the estimator's parameters by name and leaves everything els
 import math
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from sklearn.utils import check_random_state
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
-from torch import nn
+from torch import Tensor, nn
 
 from ..images import ImageRows, ImageShape, PixelScale, chunk_slices
 from ..network import SparseAttnNet, strides_for
@@ -95,7 +95,8 @@ def new_network(
         named = ", ".join(f"{name}={value}" for name, value in sizes.items())
         raise ValueError(f"{named}: no network of this size can be made here.") from error
     network.reset_parameters(generator)
-    nn.init.constant_(network.coarse.score.bias, math.log(params["gate_init"] / (1 - params["gate_init"])))
+    score_bias = cast(Tensor, network.coarse.score.bias)
+    nn.init.constant_(score_bias, math.log(params["gate_init"] / (1 - params["gate_init"])))
     network.coarse.background.fill_(0.0 if training is None else background_level(training))
     # In which the maps come as the sparse branch wants them, and a fifth of the time is saved.
     network.coarse.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
