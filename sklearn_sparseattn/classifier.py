@@ -379,7 +379,7 @@ class SparseAttnClassifier(FittedNetwork):
     def _check_params(self) -> None:
         self._validate_params()
         if self.consistency_weight and self.augment is None:
-            raise ValueError(f"consistency_weight={self.consistency_weight!r} needs augment, to make two views.")
+            raise ValueError(f"consistency_weight={self.consistency_weight!r} needs augment, for two views.")
 
     @property
     def _needs_validation(self) -> bool:
