@@ -97,11 +97,8 @@ def accuracy_row(results, data, title):
     """Ours, and the better of the two large CNNs, each on the splits that it was run on."""
 
     def accuracy_of(runs, *note):
-        return (
-            f"{spread(runs, 'accuracy')} ({', '.join([*note, f'n = {len(runs)}'])})"
-            if runs
-            else "not run yet"
-        )
+        notes = ", ".join([*note, f"n = {len(runs)}"])
+        return f"{spread(runs, 'accuracy')} ({notes})" if runs else "not run yet"
 
     ours = list(accuracy.runs_of(results, data, "sparseattn").values())
     peers = {name: list(accuracy.runs_of(results, data, name).values()) for name in CNNS}
@@ -133,9 +130,9 @@ def tables(results, results_of_accuracy):
     lines += [
         "",
         "n: splits (80/20 by seed, folds of jurkat, donors of T cells, draws of the labelled), mean ± "
-        "standard deviation; consistent: `consistency_weight=0.5, gate_init=0.88`, which takes 1.7 times as "
-        "long to fit; the CNN is the better of ResNet50 and MobileNetV2, as far as run, from scratch. "
-        " A tenth of the training images was held out from all of them. More models, differences "
+        "standard deviation; consistent: `consistency_weight=0.5, gate_init=0.88`, which takes up to twice "
+        "as long to fit; the CNN is the better of ResNet50 and MobileNetV2, as far as run, from scratch. "
+        "A tenth of the training images was held out from all of them. More models, differences "
         "with intervals and how it was done: "
         "[benchmarks](benchmarks/README.md).",
         "",

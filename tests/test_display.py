@@ -362,6 +362,7 @@ HISTORY = {
     "focal_loss": np.array([1.0, 0.8, 0.5]),
     "contrastive_loss": np.zeros(3),
     "distillation_loss": np.array([9.0, 7.0, 8.0]),
+    "consistency_loss": np.array([0.3, 0.2, 0.1]),
     "k": np.array([50.0, 40.0, 30.0]),
     "lr": np.array([1e-3, 1e-2, 1e-5]),
 }
@@ -375,7 +376,12 @@ def test_training_curves_are_the_history():
     display = TrainingDisplay.from_history(HISTORY, n_pixels=200)
     loss, k, lr = display.axes_
     drawn = curves(loss)
-    assert list(drawn) == ["total", "answer", "distillation"]  # a term that was not computed is left out
+    assert list(drawn) == [
+        "total",
+        "answer",
+        "distillation",
+        "consistency",
+    ]  # a term that was not computed is left out
     np.testing.assert_array_equal(drawn["total"], HISTORY["train_loss"])
     np.testing.assert_array_equal(drawn["distillation"], HISTORY["distillation_loss"])
     np.testing.assert_allclose(k.lines[0].get_ydata(), [25, 20, 15])
@@ -383,7 +389,7 @@ def test_training_curves_are_the_history():
     for axis in display.axes_:
         assert all(list(line.get_xdata()) == [1, 2, 3] for line in axis.lines)
     # Told apart without colours, too.
-    assert len({(line.get_color(), line.get_linestyle()) for line in loss.lines}) == 3
+    assert len({(line.get_color(), line.get_linestyle()) for line in loss.lines}) == 4
     assert loss.get_yscale() == "log"
 
 

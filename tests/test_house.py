@@ -78,7 +78,7 @@ PUBLIC = {
         "FusionClassifier",
         "SparseAttnNet",
     },
-    f"{NAME}.training": {"focal_loss", "contrastive_loss", "distillation_loss"},
+    f"{NAME}.training": {"focal_loss", "contrastive_loss", "distillation_loss", "consistency_loss"},
     f"{NAME}.datasets": {"make_cells", "load_image_folder"},
 }
 

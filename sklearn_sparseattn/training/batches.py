@@ -68,15 +68,26 @@ class LabelledImages(Dataset):
             Scaled; the b images in their first view, then in the next.
         (target, weight) : tuple of Tensor of shape (n_views * b,)
             Class indices and weights.
+
+        Raises
+        ------
+        ValueError
+            If there is more than one view without `augment`, or `augment` gives what cannot be used.
         """
         images = self.scale.finite(self.images.read(rows))
-        if augment is not None and rng is not None:
-            others = [_augmented(images.copy(), augment, rng) for _ in range(n_views - 1)]
-            images = np.concatenate([*others, _augmented(images, augment, rng)])
-        else:
-            n_views = 1
         target, weight = self.target[rows], self.weight[rows]
-        return torch.from_numpy(images), (target.repeat(n_views), weight.repeat(n_views))
+        if augment is None or rng is None:
+            if n_views > 1:
+                raise ValueError(f"n_views={n_views} needs augment and rng: else all views are the same.")
+        elif n_views == 1:
+            images = _augmented(images, augment, rng)
+        else:
+            views = np.empty((n_views, *images.shape), dtype=np.float32)
+            for view in views:  # each of its own copy, and copied: functions may write where they like
+                view[:] = _augmented(images.copy(), augment, rng)
+            images = views.reshape(-1, *images.shape[1:])
+            target, weight = target.repeat(n_views), weight.repeat(n_views)
+        return torch.from_numpy(images), (target, weight)
 
 
 def _augmented(images: np.ndarray, augment: Augmentation, rng: np.random.Generator) -> np.ndarray:

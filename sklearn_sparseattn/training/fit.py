@@ -157,9 +157,10 @@ def train(
         callbacks.append(("early_stopping", stopping))
     last = LastEpoch(rng, checkpoint)
     callbacks.append(("last_epoch", last))
+    loss = _loss(settings, class_weight)
     trainer = SparseAttnTrainer(
         network,
-        criterion=_loss(settings, class_weight),
+        criterion=loss,
         optimizer=AdamW,
         optimizer__weight_decay=settings.weight_decay,
         # One kernel for all weights: with small networks most of a step is the optimiser's overhead.
@@ -170,7 +171,7 @@ def train(
         iterator_train=Batches,
         iterator_train__rng=rng,
         iterator_train__augment=augment,
-        iterator_train__n_views=2 if settings.consistency_weight else 1,
+        iterator_train__n_views=loss.n_views,
         iterator_valid=Batches,
         train_split=None if validation is None else predefined_split(validation),
         callbacks=callbacks,

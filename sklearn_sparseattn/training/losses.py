@@ -197,6 +197,11 @@ def consistency_loss(logits: Tensor) -> Tensor:
     loss : Tensor, scalar
         >= 0.
 
+    Raises
+    ------
+    ValueError
+        If the rows are none, or odd in number.
+
     Notes
     -----
     With :math:`p_i` and :math:`q_i` the softmax probabilities of the two views of image i, the mean over the
@@ -206,7 +211,8 @@ def consistency_loss(logits: Tensor) -> Tensor:
        \frac{1}{B} \sum_i \tfrac{1}{2} \big[ KL(p_i || q_i) + KL(q_i || p_i) \big]
        = \frac{1}{2 B} \sum_i \sum_c (p_{ic} - q_{ic}) (\log p_{ic} - \log q_{ic}) .
 
-    The paper of SparseAttnNet has no such term. In [1]_ the two views are two draws of dropout.
+    All images weigh the same. The paper of SparseAttnNet has no such term. In [1]_ the two views are two
+    draws of dropout.
 
     References
     ----------
@@ -219,6 +225,8 @@ def consistency_loss(logits: Tensor) -> Tensor:
     >>> consistency_loss(torch.tensor([[1.0, 0.0], [3.0, 2.0]])).item()
     0.0
     """
+    if len(logits) == 0 or len(logits) % 2:
+        raise ValueError(f"{len(logits)} rows of logits are not two views of some images.")
     one, other = logits.log_softmax(1).chunk(2)
     return ((one.exp() - other.exp()) * (one - other)).sum(1).mean() / 2
 

@@ -65,6 +65,11 @@ class SparseAttnLoss(nn.Module):
         self.distillation_emphasis = distillation_emphasis
         self.consistency_weight = consistency_weight
 
+    @property
+    def n_views(self) -> int:
+        """How many views of each image a batch in training holds, one after the other."""
+        return 2 if self.consistency_weight else 1
+
     def focal(self, output: SparseAttnOutput, target: Tensor, weight: Tensor) -> Tensor:
         """sum(w l) / B: weights that were normalised over all rows keep their meaning in a batch."""
         loss = focal_loss(
@@ -122,7 +127,7 @@ class SparseAttnTrainer(skorch.NeuralNet):
 
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Train on a batch; one of a single row uses the running statistics of batch norm."""
-        training = len(batch[0]) > (2 if self.criterion_.consistency_weight else 1)
+        training = len(batch[0]) > self.criterion_.n_views
         if any(module.training != training for module in self.module_.modules()):  # to tell all takes longer
             self._set_training(training)
         images, labels = batch

@@ -95,8 +95,9 @@ def new_network(
         named = ", ".join(f"{name}={value}" for name, value in sizes.items())
         raise ValueError(f"{named}: no network of this size can be made here.") from error
     network.reset_parameters(generator)
-    score_bias = cast(Tensor, network.coarse.score.bias)
-    nn.init.constant_(score_bias, math.log(params["gate_init"] / (1 - params["gate_init"])))
+    if network.context is not None:  # the paper's form has no gates
+        score_bias = cast(Tensor, network.coarse.score.bias)
+        nn.init.constant_(score_bias, math.log(params["gate_init"] / (1 - params["gate_init"])))
     network.coarse.background.fill_(0.0 if training is None else background_level(training))
     # In which the maps come as the sparse branch wants them, and a fifth of the time is saved.
     network.coarse.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -127,8 +127,19 @@ def test_views_of_a_batch_are_augmented_one_after_the_other():
         assert (images % 10 == target.view(-1, 1, 1, 1)).all()
         assert ((images >= 10) & (images < 1000)).all()
         assert not torch.equal(images[:3], images[3:])
-    plain, _ = labelled(6).read(np.arange(6), n_views=2)
-    assert len(plain) == 6  # nothing to tell views apart by
+    with pytest.raises(ValueError, match="n_views=2 needs augment and rng"):
+        labelled(6).read(np.arange(6), n_views=2)
+
+
+def test_views_differ_even_if_augment_always_writes_to_the_same_place():
+    place = np.empty((4, 1, 2, 3), dtype=np.float32)
+
+    def augment(images, rng):
+        place[:] = images + rng.integers(1, 100, size=(len(images), 1, 1, 1))
+        return place
+
+    ((images, _),) = Batches(labelled(4), 4, np.random.default_rng(0), augment, n_views=2)
+    assert (images[:4] != images[4:]).any()
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ WAYS = {
     "k by batch": {"callbacks": [DynamicK.paper(k_min=3)]},
     "another schedule": {"callbacks": [skorch.callbacks.LRScheduler("StepLR", step_size=1, event_name=None)]},
     "augmented": {"augment": jitter},
+    "consistent": {"augment": jitter, "consistency_weight": 0.5, "gate_init": 0.88, "k_update": "batch"},
     "paper": {"variant": "paper", "class_weight": "balanced", "focal_gamma": 2.0},
 }
 

@@ -431,6 +431,12 @@ def test_consistency_follows_the_equation(seed, scale, dtype, n, n_classes):
     close(loss, consistency_reference(logits.tolist()), rtol=1e-4 if dtype == torch.float32 else 1e-10)
 
 
+@pytest.mark.parametrize("n", [0, 1, 3, 5])
+def test_consistency_needs_pairs(n):
+    with pytest.raises(ValueError, match=f"{n} rows of logits"):
+        consistency_loss(torch.zeros(n, 3))
+
+
 @pytest.mark.parametrize("shape", [(2, 2), (8, 3)])
 def test_consistency_gradient(shape):
     logits = tensor(np.random.default_rng(0).normal(size=shape), grad=True)
