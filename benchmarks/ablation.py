@@ -151,9 +151,9 @@ VARIANTS = {
     "no_contrastive": {"contrastive_weight": 0.0},
     "no_distillation": {"distillation_weight": 0.0},
     "distillation_as_printed": {"distillation_emphasis": None},
-    "consistent": {"consistency_weight": 0.5},
+    "consistent": {"consistency_weight": 1.0},
     "open_gates": {"gate_init": 0.88},
-    "more_consistent_open_gates": {"consistency_weight": 1.0, "gate_init": 0.88},
+    "less_consistent_open_gates": {"consistency_weight": 0.5, "gate_init": 0.88},
     "focal": {"focal_gamma": 2.0},
     **{f"k={share}%": fixed_k(share / 100) for share in (0.5, 1, 2, 5, 10, 15, 30, 100)},
     **{
