@@ -69,7 +69,7 @@ class SparseAttnClassifier(FittedNetwork):
     distillation_emphasis : float or None, default=2.0
         Sharpness of the two distributions it compares; None takes the form printed in the paper.
     consistency_weight : float, default=0.0
-        Weight of a loss by which two views of each image get one answer; 0.5 with ``gate_init=0.88`` is
+        Weight of a loss by which two views of each image get one answer; 1 with ``gate_init=0.88`` is
         measured. `augment` makes the views: time and memory of a step come to up to twice as much.
     lr, weight_decay : float, default=1e-2, 1e-4
         Learning rate of AdamW, with "onecycle" its peak, and its weight decay.
