@@ -130,8 +130,8 @@ def tables(results, results_of_accuracy):
     lines += [
         "",
         "n: splits (80/20 by seed, folds of jurkat, donors of T cells, draws of the labelled), mean ± "
-        "standard deviation; consistent: `consistency_weight=1, gate_init=0.88`, which takes up to twice "
-        "as long to fit; the CNN is the better of ResNet50 and MobileNetV2, as far as run, from scratch. "
+        "standard deviation; consistent: `consistency_weight=1, gate_init=0.88`, a step of whose fit sees "
+        "each image twice; the CNN is the better of ResNet50 and MobileNetV2, as far as run, from scratch. "
         "A tenth of the training images was held out from all of them. More models, differences "
         "with intervals and how it was done: "
         "[benchmarks](benchmarks/README.md).",

@@ -376,12 +376,8 @@ def test_training_curves_are_the_history():
     display = TrainingDisplay.from_history(HISTORY, n_pixels=200)
     loss, k, lr = display.axes_
     drawn = curves(loss)
-    assert list(drawn) == [
-        "total",
-        "answer",
-        "distillation",
-        "consistency",
-    ]  # a term that was not computed is left out
+    # A term that was not computed is left out.
+    assert list(drawn) == ["total", "answer", "distillation", "consistency"]
     np.testing.assert_array_equal(drawn["total"], HISTORY["train_loss"])
     np.testing.assert_array_equal(drawn["distillation"], HISTORY["distillation_loss"])
     np.testing.assert_allclose(k.lines[0].get_ydata(), [25, 20, 15])

@@ -88,9 +88,9 @@ class SparseAttnLoss(nn.Module):
         ----------
         output : SparseAttnOutput
             Of a training pass.
-        target : Tensor of shape (B,), int64
+        target : Tensor of shape (rows,), int64
             Class indices.
-        weight : Tensor of shape (B,)
+        weight : Tensor of shape (rows,)
             Sample weights, of mean 1 over the training rows.
 
         Returns
