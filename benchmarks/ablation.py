@@ -20,7 +20,7 @@ import data_sets
 import torch
 from accuracy import difference, measure_all, names_of, ours, runs_of, spread
 from report import put_into, recorded
-from skorch.callbacks import Callback
+from skorch.callbacks import Callback, GradientNormClipping
 from torch import nn
 
 from sklearn_sparseattn.network import pixel_tokens, select_pixel_set
@@ -154,6 +154,12 @@ VARIANTS = {
     "consistent": {"consistency_weight": 1.0},
     "open_gates": {"gate_init": 0.88},
     "less_consistent_open_gates": {"consistency_weight": 0.5, "gate_init": 0.88},
+    "clipped": {"callbacks": [GradientNormClipping(1.0)]},
+    "clipped_consistent_open_gates": {
+        "callbacks": [GradientNormClipping(1.0)],
+        "consistency_weight": 1.0,
+        "gate_init": 0.88,
+    },
     "focal": {"focal_gamma": 2.0},
     **{f"k={share}%": fixed_k(share / 100) for share in (0.5, 1, 2, 5, 10, 15, 30, 100)},
     **{
