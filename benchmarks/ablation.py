@@ -181,6 +181,7 @@ VARIANTS = {
     "max_epochs=30": {"max_epochs": 30},
     "max_epochs=120": {"max_epochs": 120},
     "batch_size=64": {"batch_size": 64},
+    "weight_decay=0": {"weight_decay": 0.0},
     "weight_decay=1e-2": {"weight_decay": 1e-2},
     "weight_decay=1e-1": {"weight_decay": 1e-1},
     "early_stopping": {"early_stopping": True},
