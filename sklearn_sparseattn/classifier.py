@@ -56,10 +56,11 @@ class SparseAttnClassifier(FittedNetwork):
         and which pixels are chosen: the k highest scores, with "context" not all next to each other.
     gate_init : float in (0, 1), default=0.5
         With "context", the gates of tokens before training; later the sigmoid of their pixels' scores.
-    embed_dim, n_heads : int, default=32, 2
-        Length D of a token, and heads of the fine attention, at most D.
-    hidden_dim : int, default=128
-        Hidden width of the classifier. The paper has 512, which exceeds its own 0.05 M parameters.
+    kernel_size : {3, 5, 7}, default=3
+        Side of the first convolution: of holograms 7 makes more, whose fringes are wider than 3 pixels.
+    embed_dim, n_heads, hidden_dim : int, default=32, 2, 128
+        Length D of a token; heads of the fine attention, at most D; hidden width of the classifier, of which
+        the paper has 512, more than fit into its own 0.05 M parameters.
     focal_gamma, class_weight : default=0.0, None
         Exponent of the focal loss (0: cross-entropy; paper: 2); its alpha, a dict by label or "balanced".
     contrastive_weight, temperature : float, default=0.1, 0.07
@@ -89,10 +90,8 @@ class SparseAttnClassifier(FittedNetwork):
         Values of X that become 0 and 1. None learns them, see `data_range_`.
     validation_fraction : float in (0, 1), default=0.2
         Share of the rows held out if early stopping or "plateau" needs them.
-    early_stopping : bool, default=False
+    early_stopping, patience : bool, int, default=False, 10
         Stop after `patience` epochs without a lower validation loss, and go back to the best weights.
-    patience : int, default=10
-        See `early_stopping`.
     warm_start : bool, default=False
         Let `fit` go on from the network, k and data range of the last fit instead of new ones.
     callbacks : list of skorch callbacks, default=None
@@ -187,6 +186,7 @@ class SparseAttnClassifier(FittedNetwork):
         k_update="epoch",
         variant="context",
         gate_init=0.5,
+        kernel_size=3,
         embed_dim=32,
         n_heads=2,
         hidden_dim=128,
@@ -226,6 +226,7 @@ class SparseAttnClassifier(FittedNetwork):
         self.k_update = k_update
         self.variant = variant
         self.gate_init = gate_init
+        self.kernel_size = kernel_size
         self.embed_dim = embed_dim
         self.n_heads = n_heads
         self.hidden_dim = hidden_dim

@@ -285,10 +285,13 @@ def _coarse_maps(
 
 
 def _by_rows(graph: _Graph, maps: str, weight: np.ndarray, stride: int) -> str:
-    """3x3 convolution; each row of the kernel is summed by itself, which loses fewer digits."""
-    rows = np.stack([weight * (np.arange(3) == row)[:, None] for row in range(3)])
-    upper, middle, lower = (graph.convolve(maps, row, np.zeros(len(weight)), stride) for row in rows)
-    return graph.add("Add", graph.add("Add", upper, middle), lower)
+    """Convolution; each row of the kernel is summed by itself, which loses fewer digits."""
+    size = weight.shape[2]
+    rows = [weight * (np.arange(size) == row)[:, None] for row in range(size)]
+    first, *others = (graph.convolve(maps, row, np.zeros(len(weight)), stride) for row in rows)
+    for row in others:
+        first = graph.add("Add", first, row)
+    return first
 
 
 def _scores(graph: _Graph, coarse: Any, middle: str, size: tuple[int, int], shape: ImageShape) -> str:

@@ -6,7 +6,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils._param_validation import Interval, Options, StrOptions
 
 
 class Range(Interval):
@@ -34,6 +34,7 @@ CONSTRAINTS: dict = {
     "k_momentum": [Range(Real, 0, 1, closed="left")],
     "k_update": [StrOptions({"batch", "epoch"})],
     "variant": [StrOptions({"context", "paper"})],
+    "kernel_size": [Options(Integral, {3, 5, 7})],
     "gate_init": [Range(Real, 0, 1, closed="neither")],
     "embed_dim": _POSITIVE_INTEGER,
     "n_heads": _POSITIVE_INTEGER,

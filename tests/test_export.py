@@ -83,6 +83,18 @@ def test_it_answers_as_the_classifier(runtime, variant, shape, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("kernel_size", [5, 7])
+def test_larger_kernels(runtime, kernel_size, tmp_path):
+    images = noise(40, (20, 27), "uint8")
+    clf = fit(images, kernel_size=kernel_size)
+    path = tmp_path / "model.onnx"
+    export_onnx(clf, path)
+    probabilities, pixels = RUNTIMES[runtime](with_pixels(path))(images)
+    np.testing.assert_allclose(probabilities, clf.predict_proba(images), rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(pixels, np.sort(clf.attention_maps(images).pixels, axis=1))
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("modality", ["brightfield", "event", "hologram", "opd"])
 def test_it_answers_as_the_classifier_of_cells(runtime, modality, tmp_path):
     """Where the same pixels are chosen: scores that differ in the last digit may come in another order."""

@@ -7,7 +7,7 @@
 
    Maps are (rows, columns, channels), framed by zeros: one cell, and on the right as many as a block of columns
    may reach beyond. Channels are padded with zeros to a multiple of LANES. Weights are (inputs, padded outputs),
-   those of a 3x3 convolution (9, inputs, padded outputs). */
+   those of a convolution (size^2, inputs, padded outputs). */
 
 #include <Python.h>
 
@@ -15,6 +15,7 @@
 
 #include "../network/_select.h"
 
+#define MOST_SIZE 7  /* of the kernel of the first stage */
 #define N_STAGES 4   /* of the coarse network, at most: early, middle, deep, deeper */
 #define N_CONTEXT 2  /* those that tokens look at: early, middle */
 #define GROUP 3      /* cells convolved for tokens at a time */
@@ -25,7 +26,8 @@
 /* ---- what engine.py fills in, with the same fields in the same order ---- */
 
 typedef struct {
-    int32_t n_inputs, n_outputs, stride;  /* padded, but for the channels of the image */
+    int32_t n_inputs, n_outputs; /* padded, but for the channels of the image */
+    int32_t stride, size;        /* of the kernel, odd: of the first stage up to MOST_SIZE, of others 3 */
     const double *weight, *bias;
 } Stage;
 
@@ -93,20 +95,22 @@ typedef struct {
 
 /* Numbers in a row of a frame. Convolutions take some columns at a time, and the last ones reach beyond the frame: less
    than 2 * LANES cells, as there are at most 6 columns, at most 2 cells apart. */
-static size_t pitch_of(int32_t columns, int32_t channels) { return (size_t)(columns + 2 + 2 * LANES) * channels; }
+static size_t pitch_of(int32_t columns, int32_t border, int32_t channels) {
+    return (size_t)(columns + 2 * border + 2 * LANES) * channels;
+}
 
 static Map take_map(size_t *used, char *memory, int32_t rows, int32_t columns, int32_t channels) {
     Map map = {rows, columns, channels, 0, NULL, NULL};
-    map.pitch = pitch_of(columns, channels);
+    map.pitch = pitch_of(columns, 1, channels);
     map.frame = take_floats(used, memory, map.pitch * (rows + 2));
     map.cell = map.frame ? map.frame + map.pitch + channels : NULL;
     return map;
 }
 
-static Image take_image(size_t *used, char *memory, int32_t rows, int32_t columns, int32_t channels) {
-    Image image = {pitch_of(columns, channels), NULL, NULL};
-    image.frame = take(used, memory, image.pitch * (rows + 2) * sizeof(double));
-    image.cell = image.frame ? image.frame + image.pitch + channels : NULL;
+static Image take_image(size_t *used, char *memory, int32_t rows, int32_t columns, int32_t border, int32_t channels) {
+    Image image = {pitch_of(columns, border, channels), NULL, NULL};
+    image.frame = take(used, memory, image.pitch * (rows + 2 * border) * sizeof(double));
+    image.cell = image.frame ? image.frame + border * (image.pitch + channels) : NULL;
     return image;
 }
 
@@ -115,7 +119,7 @@ static size_t lay_out(const Plan *plan, Scratch *scratch, char *memory) {
     size_t used = 0, n_pixels = (size_t)plan->height * plan->width, k = plan->k + BLOCK + LANES;
     size_t longest = 0; /* row of a map */
     int32_t rows = plan->height, columns = plan->width;
-    scratch->image = take_image(&used, memory, rows, columns, plan->n_channels);
+    scratch->image = take_image(&used, memory, rows, columns, plan->stages[0].size / 2, plan->n_channels);
     for (int s = 0; s < plan->n_stages; s++) {
         const Stage *stage = &plan->stages[s];
         rows = (rows - 1) / stage->stride + 1;
@@ -202,10 +206,10 @@ INLINE void store_rectified(float *to, const Sums *sums, int whole) {
     }
 }
 
-/* One row of the outputs from `first` on, of a stage, from three rows of its input. The sums are in float64: scores can
+/* One row of the outputs from `first` on, of a stage, from `size` rows of its input. The sums are in float64: scores can
    be a hundred times as large as the differences that choose pixels. */
 INLINE void convolve_lanes(const double *const *input, size_t channels, float *output, const Map *out,
-                           const Stage *stage, int32_t first, int n_columns, int n_lanes, int whole) {
+                           const Stage *stage, int size, int32_t first, int n_columns, int n_lanes, int whole) {
     size_t apart = stage->stride * channels;
     for (int32_t j = 0; j < out->columns; j += n_columns) {
         const double *weight = stage->weight + first;
@@ -213,8 +217,8 @@ INLINE void convolve_lanes(const double *const *input, size_t channels, float *o
         UNROLL for (int c = 0; c < n_columns; c++)
             UNROLL for (int l = 0; l < n_lanes; l++)
                 sums[c * n_lanes + l] = load_sums(stage->bias + first + l * LANES, whole);
-        for (int row = 0; row < 3; row++)
-            for (const double *cell = input[row] + j * apart, *end = cell + 3 * channels; cell < end; cell++) {
+        for (int row = 0; row < size; row++)
+            for (const double *cell = input[row] + j * apart, *end = cell + size * channels; cell < end; cell++) {
                 UNROLL for (int c = 0; c < n_columns; c++)
                     UNROLL for (int l = 0; l < n_lanes; l++)
                         add_product(&sums[c * n_lanes + l], cell[c * apart], weight + l * LANES, whole);
@@ -229,28 +233,28 @@ INLINE void convolve_lanes(const double *const *input, size_t channels, float *o
 }
 
 INLINE void convolve_row(const double *const *input, size_t channels, float *output, const Map *out,
-                         const Stage *stage, int whole) {
+                         const Stage *stage, int size, int whole) {
     int32_t first = 0, left = stage->n_outputs / LANES;
     for (; left >= 5 || left == 3; left -= 3, first += 3 * LANES)
-        convolve_lanes(input, channels, output, out, stage, first, 2, 3, whole);
+        convolve_lanes(input, channels, output, out, stage, size, first, 2, 3, whole);
     for (; left >= 2; left -= 2, first += 2 * LANES)
-        convolve_lanes(input, channels, output, out, stage, first, 3, 2, whole);
-    if (left) convolve_lanes(input, channels, output, out, stage, first, 6, 1, whole);
+        convolve_lanes(input, channels, output, out, stage, size, first, 3, 2, whole);
+    if (left) convolve_lanes(input, channels, output, out, stage, size, first, 6, 1, whole);
 }
 
-/* 3x3 convolution, batch norm and ReLU, of the image or, if that is NULL, of the map of the stage before. */
-INLINE void convolve(const Image *image, const Map *map, double *rows, const Map *out, const Stage *stage) {
+/* Convolution, batch norm and ReLU, of the image or, if that is NULL, of the map of the stage before. */
+INLINE void convolve(const Image *image, const Map *map, double *rows, const Map *out, const Stage *stage, int size) {
     size_t channels = stage->n_inputs, pitch = image ? image->pitch : map->pitch;
     for (int32_t i = 0; i < out->rows; i++) {
         size_t start = (size_t)i * stage->stride * pitch;
-        const double *input[3];
-        for (int row = 0; row < 3; row++, start += pitch) {
+        const double *input[MOST_SIZE];
+        for (int row = 0; row < size; row++, start += pitch) {
             input[row] = image ? image->frame + start : rows + row * pitch;
             for (size_t n = 0; n < pitch && !image; n++) rows[row * pitch + n] = map->frame[start + n];
         }
         float *output = out->cell + i * out->pitch;
-        if (HAS_LONG_VECTORS) convolve_row(input, channels, output, out, stage, 1);
-        else convolve_row(input, channels, output, out, stage, 0);
+        if (HAS_LONG_VECTORS) convolve_row(input, channels, output, out, stage, size, 1);
+        else convolve_row(input, channels, output, out, stage, size, 0);
     }
 }
 
@@ -682,9 +686,12 @@ INLINE int run_image(const Plan *plan, const Scratch *scratch, const Results *re
                      float *logits, float *attention) {
     double times[N_PARTS + 1] = {now(results)};
     const Map *map = scratch->maps;
-    convolve(&scratch->image, NULL, NULL, map, plan->stages);
+    if (plan->stages[0].size == 3) /* the default, known to the compiler */
+        convolve(&scratch->image, NULL, NULL, map, plan->stages, 3);
+    else
+        convolve(&scratch->image, NULL, NULL, map, plan->stages, plan->stages[0].size);
     for (int s = 1; s < plan->n_stages; s++, map++)
-        convolve(NULL, map, scratch->map_rows, map + 1, &plan->stages[s]);
+        convolve(NULL, map, scratch->map_rows, map + 1, &plan->stages[s], 3);
     pool(map, plan->n_pooled / 2, features + plan->n_embed);
     if (score(plan, scratch)) return 1;
     times[1] = now(results);

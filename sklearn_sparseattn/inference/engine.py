@@ -36,7 +36,7 @@ def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
 
 class _Stage(ctypes.Structure):
     _fields_ = [
-        *_fields(ctypes.c_int32, "n_inputs", "n_outputs", "stride"),
+        *_fields(ctypes.c_int32, "n_inputs", "n_outputs", "stride", "size"),
         *_fields(ctypes.c_void_p, "weight", "bias"),
     ]
 
@@ -260,7 +260,7 @@ class Engine:
             factor, offset = _as_affine(norm)
             weight = _array(convolution.weight)
             stage.n_inputs, stage.n_outputs = n_inputs, _round_up(len(weight))
-            stage.stride = convolution.stride[0]
+            stage.stride, stage.size = convolution.stride[0], convolution.kernel_size[0]
             filled: dict[str, Any] = {"columns": stage.n_outputs, "dtype": np.float64}
             stage.weight = self._keep(_by_position(weight) * factor, rows=n_inputs, **filled)
             stage.bias = self._keep(offset, **filled)

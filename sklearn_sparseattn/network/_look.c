@@ -18,9 +18,10 @@
 typedef struct {
     int32_t height, width, step;                    /* of the images; from a scored cell to the next */
     int32_t inputs[N_STAGES], channels[N_STAGES], strides[N_STAGES], rows[N_STAGES], columns[N_STAGES];
+    int32_t sizes[N_STAGES];                        /* of the kernels, odd */
     const float *images;                            /* (B, inputs[0], height, width) */
-    const float *weight[N_STAGES];                  /* (9, inputs, channels) */
-    const float *back;                              /* (channels, 9, inputs): of the second stage, transposed */
+    const float *weight[N_STAGES];                  /* (size^2, inputs, channels) */
+    const float *back;                              /* (channels, size^2, inputs): of the second stage, transposed */
     const float *score;                             /* (channels + 1): weights and bias */
     float *raw[N_STAGES], *maps[N_STAGES];          /* (B, rows, columns, channels): before batch norm, at the end */
     double *moments[N_STAGES];                      /* (B, 2, channels): mean, sum of squares around it */
@@ -30,7 +31,7 @@ typedef struct {
     float *d_normed[N_STAGES];                      /* before the ReLU */
     double *d_moments[N_STAGES];                    /* (B, 2, channels): sum of d_normed, of d_normed (raw - mean) */
     const float *d_norm[N_STAGES];                  /* (4, channels): d_raw = n3 (d_normed - n1 - (raw - n0) n2) */
-    float *d_score, *d_weight[N_STAGES];            /* (B, channels + 1), (B, 9, inputs, channels) */
+    float *d_score, *d_weight[N_STAGES];            /* (B, channels + 1), (B, size^2, inputs, channels) */
 } Look;
 
 typedef struct {
@@ -42,8 +43,14 @@ INLINE size_t n_cells(const Look *l, int m) { return (size_t)l->rows[m] * l->col
 INLINE size_t map_size(const Look *l, int m) { return n_cells(l, m) * l->channels[m]; }
 INLINE int32_t rows_before(const Look *l, int m) { return m ? l->rows[m - 1] : l->height; }
 INLINE int32_t columns_before(const Look *l, int m) { return m ? l->columns[m - 1] : l->width; }
-INLINE size_t frame_pitch(const Look *l, int m) { return (size_t)(columns_before(l, m) + 2) * l->inputs[m]; }
-INLINE size_t frame_size(const Look *l, int m) { return (rows_before(l, m) + 2) * frame_pitch(l, m); }
+INLINE int32_t border(const Look *l, int m) { return l->sizes[m] / 2; }
+INLINE size_t frame_pitch(const Look *l, int m) {
+    return (size_t)(columns_before(l, m) + 2 * border(l, m)) * l->inputs[m];
+}
+INLINE size_t frame_size(const Look *l, int m) { return (rows_before(l, m) + 2 * border(l, m)) * frame_pitch(l, m); }
+INLINE size_t in_frame(const Look *l, int m, int32_t row) { /* where a row begins */
+    return (row + border(l, m)) * frame_pitch(l, m) + (size_t)border(l, m) * l->inputs[m];
+}
 
 static size_t lay_out(const Look *l, Scratch *s, char *memory) {
     size_t used = 0, n = 0, n_raw = 0;
@@ -67,7 +74,7 @@ INLINE void frame_image(const Look *l, Scratch *s, int64_t image) {
     const float *from = l->images + image * C * l->height * l->width;
     memset(s->frame, 0, frame_size(l, 0) * sizeof(float));
     for (int32_t i = 0; i < l->height; i++) {
-        float *to = s->frame + (i + 1) * frame_pitch(l, 0) + C;
+        float *to = s->frame + in_frame(l, 0, i);
         for (int32_t c = 0; c < C; c++) {
             const float *row = from + ((size_t)c * l->height + i) * l->width;
             for (int32_t j = 0; j < l->width; j++) to[(size_t)j * C + c] = row[j];
@@ -81,17 +88,18 @@ INLINE void frame_map(const Look *l, Scratch *s, int64_t image) {
     const float *from = l->maps[0] + image * map_size(l, 0);
     memset(s->frame, 0, frame_size(l, 1) * sizeof(float));
     for (int32_t i = 0; i < l->rows[0]; i++)
-        memcpy(s->frame + (i + 1) * frame_pitch(l, 1) + l->channels[0], from + i * row, row * sizeof(float));
+        memcpy(s->frame + in_frame(l, 1, i), from + i * row, row * sizeof(float));
 }
 
 /* Row i of the gradient of that map. */
 INLINE const float *unframed(const Look *l, const Scratch *s, int32_t i) {
-    return s->d_frame + (i + 1) * frame_pitch(l, 1) + l->channels[0];
+    return s->d_frame + in_frame(l, 1, i);
 }
 
 /* ---- there ---- */
 
-INLINE void convolve_some(const Look *l, const Scratch *s, int m, int32_t i, int32_t o, int n_lanes, float *to) {
+INLINE void convolve_some(const Look *l, const Scratch *s, int m, int32_t size, int32_t i, int32_t o, int n_lanes,
+                          float *to) {
     int32_t C = l->inputs[m], D = l->channels[m], last = l->columns[m] - 1;
     const float *from = s->frame + i * l->strides[m] * frame_pitch(l, m);
     for (int32_t j = 0; j <= last; j += GROUP) {
@@ -100,11 +108,23 @@ INLINE void convolve_some(const Look *l, const Scratch *s, int m, int32_t i, int
         /* Of the last group, what lies beyond the row is the row's last cell again. */
         UNROLL for (int g = 0; g < GROUP; g++) cells[g] = j + g < last ? j + g : last;
         UNROLL for (int g = 0; g < GROUP; g++) apart[g] = cells[g] * l->strides[m] * C;
-        multiply(from, apart, frame_pitch(l, m), C, 3, C, l->weight[m] + o, D, s->zeros, GROUP, n_lanes, sums);
+        multiply(from, apart, frame_pitch(l, m), C, size, C, l->weight[m] + o, D, s->zeros, GROUP, n_lanes, sums);
         UNROLL for (int g = 0; g < GROUP; g++)
             UNROLL for (int n = 0; n < n_lanes; n++)
                 store(to + cells[g] * D + o + n * LANES, sums[g * n_lanes + n]);
     }
+}
+
+INLINE void convolve_rows(const Look *l, const Scratch *s, int m, int32_t size, float *raw) {
+    int32_t D = l->channels[m];
+    size_t row = (size_t)l->columns[m] * D;
+    for (int32_t i = 0; i < l->rows[m]; i++)
+        for (int32_t o = 0; o < D; o += 2 * LANES) {
+            if (o + LANES < D)
+                convolve_some(l, s, m, size, i, o, 2, raw + i * row);
+            else
+                convolve_some(l, s, m, size, i, o, 1, raw + i * row);
+        }
 }
 
 /* The frame, convolved; mean and sum of squares around it of each channel. */
@@ -112,13 +132,10 @@ INLINE void convolve(const Look *l, const Scratch *s, int m, int64_t image) {
     int32_t D = l->channels[m];
     size_t n = n_cells(l, m), row = (size_t)l->columns[m] * D;
     float *raw = l->raw[m] + image * map_size(l, m);
-    for (int32_t i = 0; i < l->rows[m]; i++)
-        for (int32_t o = 0; o < D; o += 2 * LANES) {
-            if (o + LANES < D)
-                convolve_some(l, s, m, i, o, 2, raw + i * row);
-            else
-                convolve_some(l, s, m, i, o, 1, raw + i * row);
-        }
+    if (l->sizes[m] == 3) /* known to the compiler, it is quicker */
+        convolve_rows(l, s, m, 3, raw);
+    else
+        convolve_rows(l, s, m, l->sizes[m], raw);
     double *mean = l->moments[m] + image * 2 * D, *squares = mean + D;
     for (int32_t o = 0; o < D; o += LANES) {
         double sums[LANES] = {0}, around[LANES] = {0};
@@ -316,11 +333,11 @@ INLINE void add_outer(const float *from, size_t apart, const float *by, int32_t 
 
 /* Gradient of the weights of a stage, from the frame and d_raw. */
 INLINE void back_to_weight(const Look *l, const Scratch *s, int m, int64_t image) {
-    int32_t D = l->channels[m], n = l->columns[m], size = 3 * l->inputs[m];
+    int32_t D = l->channels[m], n = l->columns[m], K = l->sizes[m], size = K * l->inputs[m];
     size_t apart = (size_t)l->strides[m] * l->inputs[m];
-    float *d_weight = l->d_weight[m] + image * (size_t)3 * size * D;
+    float *d_weight = l->d_weight[m] + image * (size_t)K * size * D;
     for (int32_t i = 0; i < l->rows[m]; i++)
-        for (int down = 0; down < 3; down++) {
+        for (int down = 0; down < K; down++) {
             const float *from = s->frame + (i * l->strides[m] + down) * frame_pitch(l, m);
             for (int32_t o = 0; o < D; o += LANES) {
                 const float *by = s->d_raw + (size_t)i * n * D + o;
@@ -328,25 +345,26 @@ INLINE void back_to_weight(const Look *l, const Scratch *s, int m, int64_t image
                 int32_t x = 0;
                 for (; x + 12 <= size; x += 12) add_outer(from + x, apart, by, D, n, 12, to + (size_t)x * D);
                 for (; x + 9 <= size; x += 9) add_outer(from + x, apart, by, D, n, 9, to + (size_t)x * D);
-                for (; x < size; x += 3) add_outer(from + x, apart, by, D, n, 3, to + (size_t)x * D);
+                for (; x + 3 <= size; x += 3) add_outer(from + x, apart, by, D, n, 3, to + (size_t)x * D);
+                for (; x < size; x++) add_outer(from + x, apart, by, D, n, 1, to + (size_t)x * D);
             }
         }
 }
 
 /* From d_raw of the second stage to before the ReLU of the first. */
 INLINE void back_to_early(const Look *l, Scratch *s, int64_t image) {
-    int32_t C = l->channels[0], D = l->channels[1], n = l->columns[1];
+    int32_t C = l->channels[0], D = l->channels[1], n = l->columns[1], K = l->sizes[1];
     size_t row = (size_t)l->columns[0] * C, pitch = frame_pitch(l, 1);
     memset(s->d_frame, 0, frame_size(l, 1) * sizeof(float));
     for (int32_t i = 0; i < l->rows[1]; i++)
-        for (int tap = 0; tap < 9; tap++)
+        for (int tap = 0; tap < K * K; tap++)
             for (int32_t j = 0; j < n; j += MOST_SUMS) {
-                float *to = s->d_frame + (i * l->strides[1] + tap / 3) * pitch + tap % 3 * C;
+                float *to = s->d_frame + (i * l->strides[1] + tap / K) * pitch + tap % K * C;
                 lanes sums[MOST_SUMS];
                 size_t apart[MOST_SUMS];
                 UNROLL for (int g = 0; g < MOST_SUMS; g++) apart[g] = (j + g < n ? j + g : n - 1) * (size_t)D;
                 for (int32_t o = 0; o < C; o += LANES) {
-                    multiply(s->d_raw + (size_t)i * n * D, apart, 0, 0, 1, D, l->back + tap * C + o, 9 * C, s->zeros,
+                    multiply(s->d_raw + (size_t)i * n * D, apart, 0, 0, 1, D, l->back + tap * C + o, K * K * C, s->zeros,
                              MOST_SUMS, 1, sums);
                     for (int g = 0; g < MOST_SUMS && j + g < n; g++) {
                         float *cell = to + (size_t)(j + g) * l->strides[1] * C + o;

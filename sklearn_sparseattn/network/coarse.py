@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from .look import look as compiled_look
 
 
-def _convolution(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
-    """3x3 convolution, batch norm, ReLU."""
+def _convolution(in_channels: int, out_channels: int, stride: int = 1, size: int = 3) -> nn.Sequential:
+    """Convolution, batch norm, ReLU."""
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
+        nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(),
     )
@@ -58,11 +58,13 @@ class CoarseAttention(nn.Module):
     strides : tuple of int, default=(2, 2, 2)
         Step of each stage; what is there beyond the stages is not looked at. `strides_for` has those that
         suit an image size.
+    kernel_size : {3, 5, 7}, default=3
+        Side of the kernels of the first stage; those of the others are 3x3.
 
     Raises
     ------
     ValueError
-        If there are not two or three stages, or fewer strides than stages.
+        If there are not two or three stages, or fewer strides than stages, or for another `kernel_size`.
 
     Attributes
     ----------
@@ -105,14 +107,17 @@ class CoarseAttention(nn.Module):
         in_channels: int = 1,
         channels: tuple[int, ...] = (8, 16, 24),
         strides: tuple[int, ...] = (2, 2, 2),
+        kernel_size: int = 3,
     ) -> None:
         super().__init__()
         if not 2 <= len(channels) <= min(3, len(strides)):
             raise ValueError(
                 f"channels={channels}, strides={strides} must be two or three stages, each with its stride."
             )
+        if kernel_size not in (3, 5, 7):
+            raise ValueError(f"kernel_size={kernel_size!r} must be 3, 5 or 7.")
         self.register_buffer("background", torch.zeros(()))
-        self.early = _convolution(in_channels, channels[0], strides[0])
+        self.early = _convolution(in_channels, channels[0], strides[0], kernel_size)
         self.middle = _convolution(channels[0], channels[1], strides[1])
         self.score = nn.Conv2d(channels[1], 1, 1)
         self.deep = None

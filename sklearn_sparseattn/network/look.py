@@ -22,7 +22,7 @@ _Counts = ctypes.c_int32 * len(_STAGES)
 class _Look(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("height", "width", "step")),
-        *((name, _Counts) for name in ("inputs", "channels", "strides", "rows", "columns")),
+        *((name, _Counts) for name in ("inputs", "channels", "strides", "rows", "columns", "sizes")),
         *(("images", ctypes.c_void_p), ("weight", _Stages), ("back", ctypes.c_void_p)),
         *(("score", ctypes.c_void_p), ("raw", _Stages), ("maps", _Stages)),
         *(("moments", _Stages), ("norm", _Stages)),
@@ -112,13 +112,18 @@ def _is_usual_stage(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
         and norm.affine
         and norm.track_running_stats
         and norm.momentum is not None
-        and convolution.kernel_size == (3, 3)
+        and convolution.kernel_size in ((3, 3), (5, 5), (7, 7))
         and convolution.stride[0] == convolution.stride[1]
-        and (convolution.padding, convolution.padding_mode) == ((1, 1), "zeros")
+        and (convolution.padding, convolution.padding_mode) == (_border(convolution), "zeros")
         and (convolution.dilation, convolution.groups) == ((1, 1), 1)
         and convolution.bias is None
         and convolution.out_channels % LANES == 0
     )
+
+
+def _border(convolution: nn.Conv2d) -> tuple[int, ...]:
+    """Padding by which the cells of a map lie over the pixels that they do."""
+    return tuple(size // 2 for size in convolution.kernel_size)
 
 
 class CompiledLook(torch.autograd.Function):
@@ -162,7 +167,8 @@ class CompiledLook(torch.autograd.Function):
         given = {name: d.contiguous() for name, d in given.items() if d is not None}
         d_maps = [None if d is None else d.contiguous(memory_format=torch.channels_last) for d in d_maps]
         d_score = images.new_empty(len(images), structure.channels[1] + 1)
-        kernels = [(9, inputs, n) for inputs, n in zip(structure.inputs, structure.channels, strict=True)]
+        shapes = zip(structure.sizes, structure.inputs, structure.channels, strict=True)
+        kernels = [(size, size, inputs, n) for size, inputs, n in shapes]
         d_weight = [images.new_zeros(len(images), *shape) for shape in kernels]
         d_normed, d_moments = _of_cells(structure, len(images)), _of_channels(structure, len(images))
         point(structure, {"pooled": pooled, "d_score": d_score} | given, maps=maps, raw=raw, d_maps=d_maps)
@@ -178,7 +184,7 @@ class CompiledLook(torch.autograd.Function):
                 d_norm = torch.stack([norm.mean, plain / n_cells, slope, norm.factor]).float()
                 structure.d_norm[m] = d_norm.data_ptr()
                 _run(structure, pool, len(images), phase)
-                kernel = d_weight[m].sum(0).reshape(3, 3, *kernels[m][1:]).permute(3, 2, 0, 1)
+                kernel = d_weight[m].sum(0).permute(3, 2, 0, 1)
                 found = [kernel, (norm.inverse * along).float(), plain.float(), *found]
         if d_scores is None:  # and not zeros, by which an optimiser would go on
             return None, None, None, None, *found
@@ -227,6 +233,7 @@ def _describe(
         strides=_Counts(*strides),
         rows=_Counts(*(shape[0] for shape in shapes)),
         columns=_Counts(*(shape[1] for shape in shapes)),
+        sizes=_Counts(*(kernel.shape[2] for kernel in kernels)),
     )
     plain = {
         "images": images,

@@ -76,6 +76,8 @@ class SparseAttnNet(nn.Module):
     margin : float, default=0.4
         With ``variant="context"``, how far the rank of a pixel must be above those that were not chosen for
         its gate to be all open, see Notes; 0: no matter how far, as in the first model files.
+    kernel_size : {3, 5, 7}, default=3
+        Side of the first convolution.
     margins : bool, default=False
         The gates of model files of version 2 instead, which nothing else has and only PyTorch computes:
         :math:`\sigma(a_j)\, m_j / (m_j + \bar m)` with :math:`m_j = a_j - \min_i a_i + 10^{-6}`.
@@ -83,7 +85,7 @@ class SparseAttnNet(nn.Module):
     Raises
     ------
     ValueError
-        If `variant` is neither, or `spread` or `margin` is not from 0 to 1000.
+        If `variant` or `kernel_size` is another, or `spread` or `margin` is not from 0 to 1000.
 
     Attributes
     ----------
@@ -157,6 +159,7 @@ class SparseAttnNet(nn.Module):
         separable: bool = True,
         spread: float = 3.0,
         margin: float = 0.4,
+        kernel_size: int = 3,
         margins: bool = False,
     ) -> None:
         super().__init__()
@@ -177,11 +180,12 @@ class SparseAttnNet(nn.Module):
             "separable": separable,
             "spread": spread,
             "margin": margin,
+            "kernel_size": kernel_size,
             "margins": margins,
         }
         self.compiled = True
         channels = (8, 16) if variant == "context" else (8, 16, 24)
-        self.coarse = CoarseAttention(n_channels, channels, strides)
+        self.coarse = CoarseAttention(n_channels, channels, strides, kernel_size)
         self.context = None
         if variant == "context":
             self.context = TokenContext(channels, self.coarse.steps, embed_dim, separable)

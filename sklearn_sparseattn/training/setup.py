@@ -88,6 +88,7 @@ def new_network(
                 to_pixels(params["k_init"], height * width),
                 strides=strides_for(height, width),
                 variant=params["variant"],
+                kernel_size=int(params["kernel_size"]),
                 **sizes,
             )
         network.to_empty(device="cpu").float()

@@ -125,11 +125,14 @@ def test_it_is_the_network(height, width, n_channels, share, kind, seed, variant
         {"spread": 0.1, "margin": 0.0, "embed_dim": 40},
         {"spread": 0.0, "margin": 0.0, "separable": False},
         {"separable": False, "embed_dim": 13, "n_heads": 3},
+        {"kernel_size": 5},
+        {"kernel_size": 7},
+        {"kernel_size": 7, "variant": "paper"},
     ],
     ids=str,
 )
-def test_widths_of_all_kinds(options):
-    shape = (21, 34, 2)
+@pytest.mark.parametrize("shape", [(21, 34, 2), (2, 3, 1)], ids=str)
+def test_widths_of_all_kinds(options, shape):
     network = make_network(shape, 77, **options)
     images = make_images("noise", 4, shape)
     assert_as_reference(network, images, Engine.of(network, shape, BYTES).run(images, maps=True))

@@ -92,9 +92,11 @@ def test_a_plain_background_has_no_frame():
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 9), (16, 13), (2, 11)])
-def test_forward_pass_is_the_reference(strides, height, width, channels):
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
+def test_forward_pass_is_the_reference(strides, height, width, channels, kernel_size):
     n_channels = 1 + height % 3
-    coarse = make_coarse(n_channels, strides, channels=channels)
+    coarse = make_coarse(n_channels, strides, channels=channels, kernel_size=kernel_size)
+    assert coarse.early[0].weight.shape[2:] == (kernel_size, kernel_size)
     images = np.random.default_rng(1).normal(size=(2, n_channels, height, width))
     look = coarse.look(torch.from_numpy(images))
     for b in range(2):
@@ -263,3 +265,9 @@ def test_strides_follow_the_longer_side(size, expected):
 def test_stages_of_no_network(channels, strides):
     with pytest.raises(ValueError, match="must be two or three stages, each with its stride"):
         CoarseAttention(1, channels, strides)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 4, 9])
+def test_kernels_of_no_network(kernel_size):
+    with pytest.raises(ValueError, match=f"kernel_size={kernel_size} must be 3, 5 or 7"):
+        CoarseAttention(kernel_size=kernel_size)

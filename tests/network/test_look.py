@@ -22,11 +22,11 @@ CHANNELS = [(8, 16), (8, 16, 24), (24, 8)]
 N_PARTS = 4  # of what is seen: scores, pooled features, the first and the second map
 
 
-def make_coarse(n_channels, strides=(2, 2, 2), channels=(8, 16), seed=0):
+def make_coarse(n_channels, strides=(2, 2, 2), channels=(8, 16), seed=0, kernel_size=3):
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        coarse = CoarseAttention(n_channels, channels, strides)
+        coarse = CoarseAttention(n_channels, channels, strides, kernel_size)
     with torch.no_grad():
         for layers in (coarse.early, coarse.middle):
             layers[1].weight.uniform_(-0.5, 2, generator=generator)
@@ -149,10 +149,25 @@ def test_what_is_seen_and_gradients(shape, strides, channels):
     assert_as_pytorch(make_coarse(shape[1], strides, channels), make_images(shape))
 
 
+@pytest.mark.parametrize("kernel_size", [5, 7])
+@pytest.mark.parametrize("strides", STRIDES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 3, 24, 17), (4, 1, 1, 60), (3, 2, 33, 12)], ids=str)
+def test_larger_kernels(shape, strides, kernel_size):
+    assert_as_pytorch(make_coarse(shape[1], strides, kernel_size=kernel_size), make_images(shape))
+
+
+@pytest.mark.parametrize("kernel_size", [5, 7])
+def test_larger_kernels_of_the_second_stage(kernel_size):
+    coarse = make_coarse(2)
+    coarse.middle[0] = torch.nn.Conv2d(8, 16, kernel_size, 2, padding=kernel_size // 2, bias=False)
+    assert_as_pytorch(coarse, make_images((3, 2, 33, 18)))
+
+
+@pytest.mark.parametrize("kernel_size", [3, 7])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 1)], ids=str)
 @pytest.mark.parametrize("shape", [(5, 3, 1, 1), (4, 1, 2, 3)], ids=str)
-def test_the_smallest_images(shape, strides):
-    assert_as_pytorch(make_coarse(shape[1], strides), make_images(shape))
+def test_the_smallest_images(shape, strides, kernel_size):
+    assert_as_pytorch(make_coarse(shape[1], strides, kernel_size=kernel_size), make_images(shape))
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 135, 135), (8, 3, 64, 64), (2, 5, 30, 80)], ids=str)
@@ -240,6 +255,8 @@ def test_when_pytorch_has_to_do_it():
         lambda c: setattr(c.early[1], "momentum", None),
         lambda c: setattr(c.middle[0], "stride", (2, 1)),
         lambda c: setattr(c.middle[0], "padding", (0, 0)),
+        lambda c: setattr(c.early, "0", torch.nn.Conv2d(2, 8, 9, 2, padding=4, bias=False)),
+        lambda c: setattr(c.early, "0", torch.nn.Conv2d(2, 8, (3, 5), 2, padding=(1, 2), bias=False)),
         lambda c: setattr(c.early[0], "padding_mode", "replicate"),
         lambda c: setattr(c.middle[0], "dilation", (2, 2)),
         lambda c: setattr(c.middle[0], "groups", 2),

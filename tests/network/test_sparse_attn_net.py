@@ -61,9 +61,11 @@ class Reference:
 
     def stage(self, x, name, stride=1):
         """x : (H, W, C)."""
-        padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
-        windows = sliding_window_view(padded, (3, 3), axis=(0, 1))[::stride, ::stride]
-        x = np.einsum("hwcij,ocij->hwo", windows, self.w[f"{name}.0.weight"])
+        kernel = self.w[f"{name}.0.weight"]
+        border = kernel.shape[2] // 2
+        padded = np.pad(x, ((border, border), (border, border), (0, 0)))
+        windows = sliding_window_view(padded, kernel.shape[2:], axis=(0, 1))[::stride, ::stride]
+        x = np.einsum("hwcij,ocij->hwo", windows, kernel)
         return np.maximum(self.norm(x, f"{name}.1"), 0)
 
     def coarse(self, image):
@@ -182,6 +184,7 @@ class Reference:
         (3, 9, 8, 20, {"strides": (1, 1, 2), "embed_dim": 5, "n_heads": 5}),
         (2, 19, 12, 30, {"margin": 0.0}),
         (2, 19, 12, 30, {"spread": 0.0}),
+        (2, 19, 12, 30, {"kernel_size": 7}),
         (2, 33, 26, 130, {"spread": 0.7, "margin": 1.5}),
         (1, 33, 26, 130, {"spread": 0.0, "margin": 0.0, "separable": False}),
         (1, 33, 26, 130, {"spread": 0.0, "margin": 0.0, "margins": True}),

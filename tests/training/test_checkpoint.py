@@ -84,6 +84,7 @@ WAYS = {
     "another schedule": {"callbacks": [skorch.callbacks.LRScheduler("StepLR", step_size=1, event_name=None)]},
     "augmented": {"augment": jitter},
     "consistent": {"augment": jitter, "consistency_weight": 0.5, "gate_init": 0.88, "k_update": "batch"},
+    "larger kernel": {"kernel_size": 7},
     "paper": {"variant": "paper", "class_weight": "balanced", "focal_gamma": 2.0},
 }
 
