@@ -240,7 +240,7 @@ def maps_of_ours(estimator, images, labels, *, quick=False):
 
 
 def spread_out(maps, sigma=5.0):
-    """Each map blurred: what a token knows comes from about 15×15 pixels around its own."""
+    """Each map blurred: what a token of the defaults knows comes from about 15×15 pixels."""
     return np.stack([gaussian_filter(one, sigma) for one in maps])
 
 

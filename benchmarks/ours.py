@@ -101,7 +101,7 @@ def multiply_adds(clf, images):
         stride = convolution.stride[0]
         n_rows, n_columns = (n_rows - 1) // stride + 1, (n_columns - 1) // stride + 1
         sizes.append((n_rows, n_columns))
-        counts["coarse"] += n_rows * n_columns * convolution.weight.numel()  # every cell, 3x3xinxout
+        counts["coarse"] += n_rows * n_columns * convolution.weight.numel()  # every cell
     counts["coarse"] += np.prod(sizes[1]) * coarse.score.weight.numel()  # a score for each cell of the second
     if network.context is not None:  # 3x3 convolutions of both maps, where pixels were chosen
         for chunk in in_chunks(clf, images):

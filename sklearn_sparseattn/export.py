@@ -288,10 +288,10 @@ def _by_rows(graph: _Graph, maps: str, weight: np.ndarray, stride: int) -> str:
     """Convolution; each row of the kernel is summed by itself, which loses fewer digits."""
     size = weight.shape[2]
     rows = [weight * (np.arange(size) == row)[:, None] for row in range(size)]
-    first, *others = (graph.convolve(maps, row, np.zeros(len(weight)), stride) for row in rows)
-    for row in others:
-        first = graph.add("Add", first, row)
-    return first
+    total, *others = (graph.convolve(maps, row, np.zeros(len(weight)), stride) for row in rows)
+    for other in others:
+        total = graph.add("Add", total, other)
+    return total
 
 
 def _scores(graph: _Graph, coarse: Any, middle: str, size: tuple[int, int], shape: ImageShape) -> str:

@@ -153,6 +153,7 @@ def test_parameters_of_every_kind(path):
         data_range=[0, 300.5],
         early_stopping=np.bool_(False),
         distillation_emphasis=None,
+        kernel_size=np.int64(7),
         n_jobs=2,
     ).fit(X, Y)
     loaded = round_trip(clf, path)

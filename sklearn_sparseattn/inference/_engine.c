@@ -5,8 +5,8 @@
    Plain C functions, called through ctypes with the interpreter lock released; the Python module in here is
    empty. Nothing is kept between calls but the memory that they are given, so any number of threads may call.
 
-   Maps are (rows, columns, channels), framed by zeros: one cell, and on the right as many as a block of columns
-   may reach beyond. Channels are padded with zeros to a multiple of LANES. Weights are (inputs, padded outputs),
+   Maps are (rows, columns, channels), framed by zeros: one cell (images: half a kernel), and on the right as many as a
+   block of columns may reach beyond. Channels are padded with zeros to a multiple of LANES. Weights are (inputs, padded outputs),
    those of a convolution (size^2, inputs, padded outputs). */
 
 #include <Python.h>
@@ -206,8 +206,8 @@ INLINE void store_rectified(float *to, const Sums *sums, int whole) {
     }
 }
 
-/* One row of the outputs from `first` on, of a stage, from `size` rows of its input. The sums are in float64: scores can
-   be a hundred times as large as the differences that choose pixels. */
+/* One row of the outputs from `first` on, of a stage, from `size` rows of its input. The sums are in float64: scores
+   can be a hundred times as large as the differences that choose pixels. */
 INLINE void convolve_lanes(const double *const *input, size_t channels, float *output, const Map *out,
                            const Stage *stage, int size, int32_t first, int n_columns, int n_lanes, int whole) {
     size_t apart = stage->stride * channels;

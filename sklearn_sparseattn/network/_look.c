@@ -364,8 +364,8 @@ INLINE void back_to_early(const Look *l, Scratch *s, int64_t image) {
                 size_t apart[MOST_SUMS];
                 UNROLL for (int g = 0; g < MOST_SUMS; g++) apart[g] = (j + g < n ? j + g : n - 1) * (size_t)D;
                 for (int32_t o = 0; o < C; o += LANES) {
-                    multiply(s->d_raw + (size_t)i * n * D, apart, 0, 0, 1, D, l->back + tap * C + o, K * K * C, s->zeros,
-                             MOST_SUMS, 1, sums);
+                    multiply(s->d_raw + (size_t)i * n * D, apart, 0, 0, 1, D, l->back + tap * C + o, K * K * C,
+                             s->zeros, MOST_SUMS, 1, sums);
                     for (int g = 0; g < MOST_SUMS && j + g < n; g++) {
                         float *cell = to + (size_t)(j + g) * l->strides[1] * C + o;
                         store(cell, load(cell) + sums[g]);

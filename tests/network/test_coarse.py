@@ -144,16 +144,17 @@ def test_any_image_size_and_channels(height, width, n_channels, strides, trainin
     assert torch.isfinite(z_coarse).all()
 
 
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
 @pytest.mark.parametrize("strides", STRIDES)
-def test_a_pixel_is_scored_by_its_neighbourhood(strides):
+def test_a_pixel_is_scored_by_its_neighbourhood(strides, kernel_size):
     """Far from a change the scores stay: every cell of the reduced map is spread around its own pixel."""
-    coarse = make_coarse(1, strides)
+    coarse = make_coarse(1, strides, kernel_size=kernel_size)
     images = torch.zeros(2, 1, 64, 48, dtype=torch.float64)
     images[1, 0, 40, 11] = 3.0
     scores, _ = coarse(images)
     i, j = torch.nonzero(scores[0] != scores[1]).T
-    # A cell sees 1 + s0 pixels to each side by two 3x3 convolutions; its score enters less than a step away.
-    reach = 1 + strides[0] + strides[0] * strides[1] - 1
+    # A cell sees half the first kernel and s0 pixels to each side; its score enters less than a step away.
+    reach = kernel_size // 2 + strides[0] + strides[0] * strides[1] - 1
     assert len(i)
     assert abs(i - 40).max() <= reach
     assert abs(j - 11).max() <= reach

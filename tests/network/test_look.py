@@ -163,7 +163,7 @@ def test_larger_kernels_of_the_second_stage(kernel_size):
     assert_as_pytorch(coarse, make_images((3, 2, 33, 18)))
 
 
-@pytest.mark.parametrize("kernel_size", [3, 7])
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 1)], ids=str)
 @pytest.mark.parametrize("shape", [(5, 3, 1, 1), (4, 1, 2, 3)], ids=str)
 def test_the_smallest_images(shape, strides, kernel_size):
