@@ -5,7 +5,7 @@
     python benchmarks/ablation.py --tables                         # only rewrite the tables of README.md
 
 The harness is that of accuracy.py, and its runs of `sparseattn` are what the variants are held against; those
-of `sparseattn_consistent` and `sparseattn_7x7` are among the variants.
+of `sparseattn_consistent`, `sparseattn_7x7` and of both are among the variants.
 Parts are taken out or replaced in the network itself, when its training begins, by `Change`; everything else
 of the fit stays as it is.
 """
@@ -29,7 +29,7 @@ from sklearn_sparseattn.network.selection import turns
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "ablation.json", HERE / "README.md"
-OTHERS = ("sparseattn_consistent", "sparseattn_7x7")  # of accuracy.py
+OTHERS = ("sparseattn_consistent", "sparseattn_7x7", "sparseattn_consistent_7x7")  # of accuracy.py
 DATA = ("pbc5", "pbc5_few", "jurkat", "event", "tcell")
 
 
@@ -154,7 +154,6 @@ VARIANTS = {
     "distillation_as_printed": {"distillation_emphasis": None},
     "consistent": {"consistency_weight": 1.0},
     "open_gates": {"gate_init": 0.88},
-    "consistent_7x7": {"consistency_weight": 1.0, "gate_init": 0.88, "kernel_size": 7},
     "less_consistent_open_gates": {"consistency_weight": 0.5, "gate_init": 0.88},
     "clipped_consistent_open_gates": {
         "callbacks": [GradientNormClipping(1.0)],

@@ -76,6 +76,7 @@ OURS = {
     "sparseattn_paper_form": ours(variant="paper", focal_gamma=2.0),
     "sparseattn_consistent": ours(consistency_weight=1.0, gate_init=0.88),
     "sparseattn_7x7": ours(kernel_size=7),
+    "sparseattn_consistent_7x7": ours(consistency_weight=1.0, gate_init=0.88, kernel_size=7),
     "sparseattn_vote": partial(Vote, 3),
 }
 MODELS = {**OURS, **PEERS}
