@@ -57,7 +57,7 @@ class SparseAttnClassifier(FittedNetwork):
     gate_init : float in (0, 1), default=0.5
         With "context", the gates of tokens before training; later the sigmoid of their pixels' scores.
     kernel_size : {3, 5, 7}, default=3
-        Side of the first convolution. Holograms need 7: 3 pixels hold less than one of their fringes.
+        Side of the first convolution. 7 may suit holograms: 3 pixels hold less than one of their fringes.
     embed_dim, n_heads, hidden_dim : int, default=32, 2, 128
         Length D of a token; heads of the fine attention, at most D; hidden width of the classifier, of which
         the paper has 512, more than fit into its own 0.05 M parameters.
