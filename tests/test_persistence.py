@@ -75,11 +75,11 @@ def assert_same_answers(one, other, images=X):
 # ---- what comes back ----
 
 
-@pytest.mark.parametrize("variant", ["context", "paper"])
+@pytest.mark.parametrize(("variant", "kernel_size"), [("context", 3), ("context", 7), ("paper", 3)])
 @pytest.mark.parametrize("shape", [(SIDE, SIDE), (5, 9, 3), (1, 7)])
-def test_all_of_a_fitted_classifier_comes_back(variant, shape, path):
+def test_all_of_a_fitted_classifier_comes_back(variant, kernel_size, shape, path):
     images = np.random.default_rng(1).normal(size=(N, *shape))
-    clf = quick(variant=variant, max_epochs=3).fit(images, Y)
+    clf = quick(variant=variant, kernel_size=kernel_size, max_epochs=3).fit(images, Y)
     loaded = round_trip(clf, path)
     assert_same_answers(clf, loaded, images)
     assert loaded.get_params() == clf.get_params()

@@ -6,8 +6,8 @@
    empty. Nothing is kept between calls but the memory that they are given, so any number of threads may call.
 
    Maps are (rows, columns, channels), framed by zeros: one cell (images: half a kernel), and on the right as many as a
-   block of columns may reach beyond. Channels are padded with zeros to a multiple of LANES. Weights are (inputs, padded outputs),
-   those of a convolution (size^2, inputs, padded outputs). */
+   block of columns may reach beyond. Channels are padded with zeros to a multiple of LANES. Weights are (inputs,
+   padded outputs), those of a convolution (size^2, inputs, padded outputs). */
 
 #include <Python.h>
 
