@@ -77,6 +77,8 @@ OURS = {
     "sparseattn_consistent": ours(consistency_weight=1.0, gate_init=0.88),
     "sparseattn_7x7": ours(kernel_size=7),
     "sparseattn_consistent_7x7": ours(consistency_weight=1.0, gate_init=0.88, kernel_size=7),
+    "sparseattn_deep_7x7": ours(depth=3, kernel_size=7),
+    "sparseattn_consistent_deep_7x7": ours(consistency_weight=1.0, gate_init=0.88, depth=3, kernel_size=7),
     "sparseattn_vote": partial(Vote, 3),
 }
 MODELS = {**OURS, **PEERS}

@@ -97,7 +97,7 @@ def multiply_adds(clf, images):
     coarse, fine, fusion, embedding = network.coarse, network.fine, network.fusion, network.embedding
     k, sizes, counts = network.n_chosen(height * width), [], dict.fromkeys(PARTS, 0.0)
     n_rows, n_columns = height, width
-    for convolution, *_ in (coarse.early, coarse.middle, *(coarse.deep or ())):
+    for convolution, *_ in itertools.chain.from_iterable(coarse.stages()):
         stride = convolution.stride[0]
         n_rows, n_columns = (n_rows - 1) // stride + 1, (n_columns - 1) // stride + 1
         sizes.append((n_rows, n_columns))

@@ -270,7 +270,7 @@ def _coarse_maps(
     """Features after each stage, and how many cells they have."""
     maps, sizes = [], []
     here, (n_rows, n_columns, _) = images, shape
-    for stage in [[coarse.early], [coarse.middle], coarse.deep or []]:
+    for stage in coarse.stages():
         for convolution, norm, _ in stage:
             stride = convolution.stride[0]
             factor, bias = (part.reshape(-1, 1, 1) for part in _affine(norm))
@@ -281,7 +281,7 @@ def _coarse_maps(
             n_rows, n_columns = (n_rows - 1) // stride + 1, (n_columns - 1) // stride + 1
         maps.append(here)
         sizes.append((n_rows, n_columns))
-    return (maps, sizes) if coarse.deep else (maps[:2], sizes[:2])
+    return maps, sizes
 
 
 def _by_rows(graph: _Graph, maps: str, weight: np.ndarray, stride: int) -> str:

@@ -34,6 +34,7 @@ CONSTRAINTS: dict = {
     "k_momentum": [Range(Real, 0, 1, closed="left")],
     "k_update": [StrOptions({"batch", "epoch"})],
     "variant": [StrOptions({"context", "paper"})],
+    "depth": [Options(Integral, {2, 3})],
     "kernel_size": [Options(Integral, {3, 5, 7})],
     "gate_init": [Range(Real, 0, 1, closed="neither")],
     "embed_dim": _POSITIVE_INTEGER,

@@ -414,8 +414,8 @@ def _network_form(form: Any, n_channels: int, n_classes: int, n_bytes: int) -> d
     strides = form["strides"]
     if not (_is_list_of(strides, int) and len(strides) == 3 and set(strides) <= {1, 2}):
         raise ValueError(f"the network cannot have the strides {strides!r:.80}.")
-    # Not in the first files.
-    kinds = {"separable": bool, "spread": float, "margin": float, "margins": bool, "kernel_size": int}
+    kinds: dict[str, type] = {"separable": bool, "spread": float, "margin": float, "margins": bool}
+    kinds |= {"kernel_size": int, "depth": int}  # the first files have none of these
     if wrong := [name for name, kind in kinds.items() if name in form and type(form[name]) is not kind]:
         raise ValueError(f"the network cannot have {wrong[0]}={form[wrong[0]]!r:.80}.")
     return {**form, "strides": tuple(strides)}

@@ -689,6 +689,7 @@ BAD_PARAMETERS = {
     "k_update": ["never", 1],
     "variant": ["deep", None],
     "gate_init": [0.0, 1.0, None],
+    "depth": [1, 4, 3.0, None],
     "kernel_size": [1, 4, 5.0, None],
     "embed_dim": [0, 2.5],
     "n_heads": [0, None],

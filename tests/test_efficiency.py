@@ -191,9 +191,11 @@ def ours_fitted(ours):
     return ours.fitted(images, target, 300, n_jobs=1), images
 
 
-def test_multiply_adds_of_the_engine(ours, ours_fitted):
+@pytest.mark.parametrize("depth", [2, 3])
+def test_multiply_adds_of_the_engine(ours, depth):
     """PyTorch's own count of a pass, less what the engine has prepared or leaves out."""
-    clf, images = ours_fitted
+    images, target = ours.cells(12, 40)
+    clf = ours.fitted(images, target, 300, n_jobs=1, depth=depth)
     found, network = ours.multiply_adds(clf, images), clf.network_
     assert list(found) == ["coarse", "selection", "tokens", "head"]
     counted, plain = [], copy.deepcopy(network).double()  # in float32, compiled code may hide from the count
@@ -210,7 +212,7 @@ def test_multiply_adds_of_the_engine(ours, ours_fitted):
     # Query and key of the CLS token and the folding of the keys; the attention that only maps need.
     prepared = 2 * length * width + width * length**2
     assert np.mean(counted) - sum(found.values()) == pytest.approx(prepared + 300 * width, abs=length * width)
-    assert found["coarse"] == 20 * 20 * 9 * 8 + 10 * 10 * (9 * 8 * 16 + 16)
+    assert found["coarse"] == 20 * 20 * 9 * 8 + 10 * 10 * (9 * 8 * 16 + (depth - 2) * 9 * 16 * 16 + 16)
     assert found["head"] == 64 * 128 + 128 * 128 + 128 * 3
 
 

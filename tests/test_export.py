@@ -83,10 +83,19 @@ def test_it_answers_as_the_classifier(runtime, variant, shape, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize(("variant", "kernel_size"), [("context", 5), ("context", 7), ("paper", 7)])
-def test_larger_kernels(runtime, variant, kernel_size, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 5},
+        {"kernel_size": 7, "depth": 3},
+        {"kernel_size": 7, "variant": "paper"},
+        {"depth": 3, "variant": "paper"},
+    ],
+    ids=str,
+)
+def test_larger_and_more_kernels(runtime, options, tmp_path):
     images = noise(40, (20, 27), "uint8")
-    clf = fit(images, variant=variant, kernel_size=kernel_size)
+    clf = fit(images, **options)
     path = tmp_path / "model.onnx"
     export_onnx(clf, path)
     probabilities, pixels = RUNTIMES[runtime](with_pixels(path))(images)

@@ -75,11 +75,11 @@ def assert_same_answers(one, other, images=X):
 # ---- what comes back ----
 
 
-@pytest.mark.parametrize(("variant", "kernel_size"), [("context", 3), ("context", 7), ("paper", 3)])
+@pytest.mark.parametrize("options", [{}, {"kernel_size": 7}, {"depth": 3}, {"variant": "paper"}], ids=str)
 @pytest.mark.parametrize("shape", [(SIDE, SIDE), (5, 9, 3), (1, 7)])
-def test_all_of_a_fitted_classifier_comes_back(variant, kernel_size, shape, path):
+def test_all_of_a_fitted_classifier_comes_back(options, shape, path):
     images = np.random.default_rng(1).normal(size=(N, *shape))
-    clf = quick(variant=variant, kernel_size=kernel_size, max_epochs=3).fit(images, Y)
+    clf = quick(**options, max_epochs=3).fit(images, Y)
     loaded = round_trip(clf, path)
     assert_same_answers(clf, loaded, images)
     assert loaded.get_params() == clf.get_params()
@@ -154,6 +154,7 @@ def test_parameters_of_every_kind(path):
         early_stopping=np.bool_(False),
         distillation_emphasis=None,
         kernel_size=np.int64(7),
+        depth=np.int64(3),
         n_jobs=2,
     ).fit(X, Y)
     loaded = round_trip(clf, path)
@@ -552,6 +553,9 @@ def test_forged_facts(content, path, change, message):
         ({"kernel_size": 10**9}, "kernel_size=10"),
         ({"kernel_size": True}, "kernel_size=True"),
         ({"kernel_size": 5}, "arrays are not those"),
+        ({"depth": 4}, "depth=4"),
+        ({"depth": True}, "depth=True"),
+        ({"depth": 3}, "arrays are not those"),
         ({"variant": "paper"}, "arrays are not those"),
         ({"k": 3}, "multiple values"),
     ],

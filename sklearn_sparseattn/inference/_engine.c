@@ -1,5 +1,5 @@
 /* SparseAttnNet run on images, one image at a time, in memory that does not grow with their number. Numbers are float32;
-   the coarse stages and all that is pooled are summed in float64.
+   the coarse layers and all that is pooled are summed in float64.
 
    What is computed stands in network/; here is how, with batch norms folded into the layers before them.
    Plain C functions, called through ctypes with the interpreter lock released; the Python module in here is
@@ -15,9 +15,9 @@
 
 #include "../network/_select.h"
 
-#define MOST_SIZE 7  /* of the kernel of the first stage */
-#define N_STAGES 4   /* of the coarse network, at most: early, middle, deep, deeper */
-#define N_CONTEXT 2  /* those that tokens look at: early, middle */
+#define MOST_SIZE 7  /* of the kernel of the first layer */
+#define N_LAYERS 5   /* convolutions of the coarse network, at most: early, one or two of middle, two of deep */
+#define N_CONTEXT 2  /* stages that tokens look at: early, middle */
 #define GROUP 3      /* cells convolved for tokens at a time */
 #define BLOCK 6      /* tokens whose keys are made at a time */
 #define RUN 60       /* tokens summed in float32 before they are added in float64 */
@@ -27,19 +27,20 @@
 
 typedef struct {
     int32_t n_inputs, n_outputs; /* padded, but for the channels of the image */
-    int32_t stride, size;        /* of the kernel, odd: of the first stage up to MOST_SIZE, of others 3 */
+    int32_t stride, size;        /* of the kernel, odd: of the first layer up to MOST_SIZE, of others 3 */
     const double *weight, *bias;
-} Stage;
+} Layer;
 
 typedef struct {
     int32_t height, width, n_channels, k;
     int32_t n_embed, n_pooled, n_classes;           /* as they are */
     int32_t embed_dim, key_dim, hidden_dim, n_logits; /* padded */
-    int32_t n_stages, has_context, normalizes;
+    int32_t n_layers, has_context, normalizes;
     int32_t shifts[N_CONTEXT]; /* a cell lies over every 2^shift-th pixel */
+    int32_t ends[N_CONTEXT];   /* last layer of the stage */
     float key_epsilon, norm_epsilon, margin;
     double background;
-    Stage stages[N_STAGES];
+    Layer layers[N_LAYERS];
     const double *bytes;                           /* what the values of a uint8 image are, over the background */
     const float *score;                            /* of the channels of the middle stage, then the bias */
     const float *position;                         /* (2 + n_channels, embed_dim), then the bias */
@@ -82,7 +83,7 @@ typedef struct {
 
 typedef struct {
     Image image;
-    Map maps[N_STAGES];
+    Map maps[N_LAYERS];
     double *map_rows; /* three of them */
     float *cell_scores, *cell_row, *scores, *ranks, *candidates;
     float *context[N_CONTEXT];                   /* of the cells of a band, where they are wanted */
@@ -119,16 +120,16 @@ static size_t lay_out(const Plan *plan, Scratch *scratch, char *memory) {
     size_t used = 0, n_pixels = (size_t)plan->height * plan->width, k = plan->k + BLOCK + LANES;
     size_t longest = 0; /* row of a map */
     int32_t rows = plan->height, columns = plan->width;
-    scratch->image = take_image(&used, memory, rows, columns, plan->stages[0].size / 2, plan->n_channels);
-    for (int s = 0; s < plan->n_stages; s++) {
-        const Stage *stage = &plan->stages[s];
-        rows = (rows - 1) / stage->stride + 1;
-        columns = (columns - 1) / stage->stride + 1;
-        scratch->maps[s] = take_map(&used, memory, rows, columns, stage->n_outputs);
-        longest = scratch->maps[s].pitch > longest ? scratch->maps[s].pitch : longest;
+    scratch->image = take_image(&used, memory, rows, columns, plan->layers[0].size / 2, plan->n_channels);
+    for (int l = 0; l < plan->n_layers; l++) {
+        const Layer *layer = &plan->layers[l];
+        rows = (rows - 1) / layer->stride + 1;
+        columns = (columns - 1) / layer->stride + 1;
+        scratch->maps[l] = take_map(&used, memory, rows, columns, layer->n_outputs);
+        longest = scratch->maps[l].pitch > longest ? scratch->maps[l].pitch : longest;
     }
     scratch->map_rows = take(&used, memory, 3 * longest * sizeof(double));
-    const Map *middle = &scratch->maps[1];
+    const Map *middle = &scratch->maps[plan->ends[1]];
     scratch->cell_scores = take_floats(&used, memory, (size_t)middle->rows * middle->columns);
     scratch->cell_row = take_floats(&used, memory, 2 * (middle->columns + 1));
     scratch->scores = take_floats(&used, memory, n_pixels + 2 * LANES);
@@ -136,7 +137,7 @@ static size_t lay_out(const Plan *plan, Scratch *scratch, char *memory) {
     if (plan->turns) scratch->ranks = take_floats(&used, memory, n_pixels + 2 * LANES);
     scratch->candidates = take_floats(&used, memory, n_pixels + LANES);
     for (int m = 0; m < N_CONTEXT; m++) {
-        const Map *map = &scratch->maps[m];
+        const Map *map = &scratch->maps[plan->ends[m]];
         int64_t fit = BAND / ((int64_t)map->columns * plan->embed_dim); /* whole maps if they are small */
         scratch->band_rows[m] = fit < 1 ? 1 : fit < map->rows ? fit : map->rows;
         size_t n = plan->has_context ? (size_t)scratch->band_rows[m] * map->columns : 0;
@@ -206,23 +207,23 @@ INLINE void store_rectified(float *to, const Sums *sums, int whole) {
     }
 }
 
-/* One row of the outputs from `first` on, of a stage, from `size` rows of its input. The sums are in float64: scores
+/* One row of the outputs from `first` on, of a layer, from `size` rows of its input. The sums are in float64: scores
    can be a hundred times as large as the differences that choose pixels. */
 INLINE void convolve_lanes(const double *const *input, size_t channels, float *output, const Map *out,
-                           const Stage *stage, int size, int32_t first, int n_columns, int n_lanes, int whole) {
-    size_t apart = stage->stride * channels;
+                           const Layer *layer, int size, int32_t first, int n_columns, int n_lanes, int whole) {
+    size_t apart = layer->stride * channels;
     for (int32_t j = 0; j < out->columns; j += n_columns) {
-        const double *weight = stage->weight + first;
+        const double *weight = layer->weight + first;
         Sums sums[MOST_SUMS / 2]; /* twice as long as vectors of floats */
         UNROLL for (int c = 0; c < n_columns; c++)
             UNROLL for (int l = 0; l < n_lanes; l++)
-                sums[c * n_lanes + l] = load_sums(stage->bias + first + l * LANES, whole);
+                sums[c * n_lanes + l] = load_sums(layer->bias + first + l * LANES, whole);
         for (int row = 0; row < size; row++)
             for (const double *cell = input[row] + j * apart, *end = cell + size * channels; cell < end; cell++) {
                 UNROLL for (int c = 0; c < n_columns; c++)
                     UNROLL for (int l = 0; l < n_lanes; l++)
                         add_product(&sums[c * n_lanes + l], cell[c * apart], weight + l * LANES, whole);
-                weight += stage->n_outputs;
+                weight += layer->n_outputs;
             }
         UNROLL for (int c = 0; c < n_columns; c++)
             UNROLL for (int l = 0; l < n_lanes; l++)
@@ -233,28 +234,28 @@ INLINE void convolve_lanes(const double *const *input, size_t channels, float *o
 }
 
 INLINE void convolve_row(const double *const *input, size_t channels, float *output, const Map *out,
-                         const Stage *stage, int size, int whole) {
-    int32_t first = 0, left = stage->n_outputs / LANES;
+                         const Layer *layer, int size, int whole) {
+    int32_t first = 0, left = layer->n_outputs / LANES;
     for (; left >= 5 || left == 3; left -= 3, first += 3 * LANES)
-        convolve_lanes(input, channels, output, out, stage, size, first, 2, 3, whole);
+        convolve_lanes(input, channels, output, out, layer, size, first, 2, 3, whole);
     for (; left >= 2; left -= 2, first += 2 * LANES)
-        convolve_lanes(input, channels, output, out, stage, size, first, 3, 2, whole);
-    if (left) convolve_lanes(input, channels, output, out, stage, size, first, 6, 1, whole);
+        convolve_lanes(input, channels, output, out, layer, size, first, 3, 2, whole);
+    if (left) convolve_lanes(input, channels, output, out, layer, size, first, 6, 1, whole);
 }
 
-/* Convolution, batch norm and ReLU, of the image or, if that is NULL, of the map of the stage before. */
-INLINE void convolve(const Image *image, const Map *map, double *rows, const Map *out, const Stage *stage, int size) {
-    size_t channels = stage->n_inputs, pitch = image ? image->pitch : map->pitch;
+/* Convolution, batch norm and ReLU, of the image or, if that is NULL, of the map of the layer before. */
+INLINE void convolve(const Image *image, const Map *map, double *rows, const Map *out, const Layer *layer, int size) {
+    size_t channels = layer->n_inputs, pitch = image ? image->pitch : map->pitch;
     for (int32_t i = 0; i < out->rows; i++) {
-        size_t start = (size_t)i * stage->stride * pitch;
+        size_t start = (size_t)i * layer->stride * pitch;
         const double *input[MOST_SIZE];
         for (int row = 0; row < size; row++, start += pitch) {
             input[row] = image ? image->frame + start : rows + row * pitch;
             for (size_t n = 0; n < pitch && !image; n++) rows[row * pitch + n] = map->frame[start + n];
         }
         float *output = out->cell + i * out->pitch;
-        if (HAS_LONG_VECTORS) convolve_row(input, channels, output, out, stage, size, 1);
-        else convolve_row(input, channels, output, out, stage, size, 0);
+        if (HAS_LONG_VECTORS) convolve_row(input, channels, output, out, layer, size, 1);
+        else convolve_row(input, channels, output, out, layer, size, 0);
     }
 }
 
@@ -282,7 +283,7 @@ INLINE void pool(const Map *map, int32_t n, float *pooled) {
 
 /* Scores of the cells, from them of the pixels between, linearly; 1 if they are not finite. */
 INLINE int score(const Plan *plan, const Scratch *scratch) {
-    const Map *middle = &scratch->maps[1];
+    const Map *middle = &scratch->maps[plan->ends[1]];
     int32_t rows = middle->rows, columns = middle->columns, step = 1 << plan->shifts[1];
     float *cell_score = scratch->cell_scores;
     int finite = 1;
@@ -389,7 +390,7 @@ INLINE int32_t nearest(int32_t pixel, int32_t shift, int32_t n) {
    are wanted at all; returns the first token below the band. */
 INLINE int32_t find_cells(const Plan *plan, const Scratch *scratch, int m, int32_t begin, int32_t *top,
                           int32_t *n_wanted) {
-    const Map *map = &scratch->maps[m];
+    const Map *map = &scratch->maps[plan->ends[m]];
     int32_t shift = plan->shifts[m], last = -1, t = begin;
     *top = nearest(scratch->rows[begin], shift, map->rows);
     *n_wanted = 0;
@@ -432,7 +433,7 @@ INLINE void convolve_apart(const Plan *plan, const Map *map, int m, const size_t
 /* Convolve the wanted cells of a band, GROUP at a time, n_lanes vectors of outputs from `first` on. */
 INLINE void convolve_wanted(const Plan *plan, const Scratch *scratch, int m, int32_t top, int32_t n_wanted,
                             int32_t first, int n_lanes) {
-    const Map *map = &scratch->maps[m];
+    const Map *map = &scratch->maps[plan->ends[m]];
     int32_t *wanted = scratch->wanted[m];
     for (int g = 0; g < GROUP; g++) wanted[n_wanted + g] = wanted[n_wanted - 1]; /* to fill the last group */
     for (int32_t w = 0; w < n_wanted; w += GROUP) {
@@ -686,12 +687,12 @@ INLINE int run_image(const Plan *plan, const Scratch *scratch, const Results *re
                      float *logits, float *attention) {
     double times[N_PARTS + 1] = {now(results)};
     const Map *map = scratch->maps;
-    if (plan->stages[0].size == 3) /* the default, known to the compiler */
-        convolve(&scratch->image, NULL, NULL, map, plan->stages, 3);
+    if (plan->layers[0].size == 3) /* the default, known to the compiler */
+        convolve(&scratch->image, NULL, NULL, map, plan->layers, 3);
     else
-        convolve(&scratch->image, NULL, NULL, map, plan->stages, plan->stages[0].size);
-    for (int s = 1; s < plan->n_stages; s++, map++)
-        convolve(NULL, map, scratch->map_rows, map + 1, &plan->stages[s], 3);
+        convolve(&scratch->image, NULL, NULL, map, plan->layers, plan->layers[0].size);
+    for (int l = 1; l < plan->n_layers; l++, map++)
+        convolve(NULL, map, scratch->map_rows, map + 1, &plan->layers[l], 3);
     pool(map, plan->n_pooled / 2, features + plan->n_embed);
     if (score(plan, scratch)) return 1;
     times[1] = now(results);

@@ -6,6 +6,7 @@ Where there is no compiled code, or the network is not the plain one of this pac
 
 import ctypes
 import importlib.util
+import itertools
 import math
 import threading
 from typing import Any
@@ -27,14 +28,14 @@ PARTS = ("coarse", "selection", "tokens", "head")  # whose time is taken
 _LANES = 8
 _ALIGNED = 64  # bytes of a line of the cache
 _MOST_KEPT = 2**24  # bytes to work in that a thread keeps between calls
-_MOST_STAGES, _N_CONTEXT = 4, 2
+_MOST_LAYERS, _N_CONTEXT = 5, 2
 
 
 def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
     return [(name, kind) for name in names]
 
 
-class _Stage(ctypes.Structure):
+class _Layer(ctypes.Structure):
     _fields_ = [
         *_fields(ctypes.c_int32, "n_inputs", "n_outputs", "stride", "size"),
         *_fields(ctypes.c_void_p, "weight", "bias"),
@@ -46,11 +47,12 @@ class _Plan(ctypes.Structure):
         *_fields(ctypes.c_int32, "height", "width", "n_channels", "k"),
         *_fields(ctypes.c_int32, "n_embed", "n_pooled", "n_classes"),
         *_fields(ctypes.c_int32, "embed_dim", "key_dim", "hidden_dim", "n_logits"),
-        *_fields(ctypes.c_int32, "n_stages", "has_context", "normalizes"),
+        *_fields(ctypes.c_int32, "n_layers", "has_context", "normalizes"),
         ("shifts", ctypes.c_int32 * _N_CONTEXT),
+        ("ends", ctypes.c_int32 * _N_CONTEXT),
         *_fields(ctypes.c_float, "key_epsilon", "norm_epsilon", "margin"),
         ("background", ctypes.c_double),
-        ("stages", _Stage * _MOST_STAGES),
+        ("layers", _Layer * _MOST_LAYERS),
         *_fields(ctypes.c_void_p, "bytes", "score", "position"),
         ("depthwise", ctypes.c_void_p * _N_CONTEXT),
         ("context", ctypes.c_void_p * _N_CONTEXT),
@@ -240,7 +242,7 @@ class Engine:
             n_logits=_round_up(fusion.out.out_features),
             has_context=network.context is not None,
             margin=network.form["margin"],
-            n_stages=len(_stages(network.coarse)),
+            n_layers=len(_layers(network.coarse)),
             normalizes=isinstance(network.fine_norm, nn.LayerNorm),
         )
         with np.errstate(over="ignore"):
@@ -256,17 +258,18 @@ class Engine:
 
     def _put_coarse(self, plan: _Plan, coarse: CoarseAttention) -> None:
         n_inputs = plan.n_channels
-        for stage, (convolution, norm, _) in zip(plan.stages, _stages(coarse), strict=False):
+        for layer, (convolution, norm, _) in zip(plan.layers, _layers(coarse), strict=False):
             factor, offset = _as_affine(norm)
             weight = _array(convolution.weight)
-            stage.n_inputs, stage.n_outputs = n_inputs, _round_up(len(weight))
-            stage.stride, stage.size = convolution.stride[0], convolution.kernel_size[0]
-            filled: dict[str, Any] = {"columns": stage.n_outputs, "dtype": np.float64}
-            stage.weight = self._keep(_by_position(weight) * factor, rows=n_inputs, **filled)
-            stage.bias = self._keep(offset, **filled)
-            n_inputs = stage.n_outputs
-        weight = np.pad(_array(coarse.score.weight).ravel(), (0, plan.stages[1].n_outputs))
-        n_middle = plan.stages[1].n_outputs
+            layer.n_inputs, layer.n_outputs = n_inputs, _round_up(len(weight))
+            layer.stride, layer.size = convolution.stride[0], convolution.kernel_size[0]
+            filled: dict[str, Any] = {"columns": layer.n_outputs, "dtype": np.float64}
+            layer.weight = self._keep(_by_position(weight) * factor, rows=n_inputs, **filled)
+            layer.bias = self._keep(offset, **filled)
+            n_inputs = layer.n_outputs
+        plan.ends[:] = np.cumsum([len(stage) for stage in coarse.stages()[:_N_CONTEXT]]) - 1
+        n_middle = plan.layers[plan.ends[1]].n_outputs
+        weight = np.pad(_array(coarse.score.weight).ravel(), (0, n_middle))
         plan.score = self._keep(np.append(weight[:n_middle], _array(coarse.score.bias)))
         plan.shifts[:] = [step.bit_length() - 1 for step in coarse.steps[:_N_CONTEXT]]
 
@@ -278,7 +281,7 @@ class Engine:
         if network.context is not None:
             for m, convolution in enumerate(network.context.convolve):
                 *depthwise, weight = map(_array, convolution.parameters())
-                n_channels = plan.stages[m].n_outputs
+                n_channels = plan.layers[plan.ends[m]].n_outputs
                 if depthwise:
                     plan.depthwise[m] = self._keep(depthwise[0].reshape(-1, 9).T, columns=n_channels)
                 plan.context[m] = self._keep(_by_position(weight), rows=n_channels, columns=plan.embed_dim)
@@ -363,7 +366,7 @@ def is_plain(network: SparseAttnNet) -> bool:
     return (
         str(network) == str(twin)
         and all(_is_alike(*pair) for pair in zip(network.modules(), twin.modules(), strict=True))
-        and all(stage[0].stride[0] in (1, 2) for stage in _stages(network.coarse))
+        and all(layer[0].stride[0] in (1, 2) for layer in _layers(network.coarse))
         and {tensor.device.type for tensor in network.state_dict().values()} == {"cpu"}
     )
 
@@ -377,6 +380,6 @@ def _is_alike(module: nn.Module, other: nn.Module) -> bool:
     )
 
 
-def _stages(coarse: Any) -> list[Any]:
-    """Convolution, batch norm and ReLU of each stage."""
-    return [coarse.early, coarse.middle, *(coarse.deep or ())]
+def _layers(coarse: CoarseAttention) -> list[Any]:
+    """Convolutions with their batch norms and ReLUs, in order."""
+    return list(itertools.chain.from_iterable(coarse.stages()))

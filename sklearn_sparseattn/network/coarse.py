@@ -7,7 +7,7 @@ pools its features. It knows nothing of pixels chosen, tokens or classes.
 import itertools
 import math
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +59,15 @@ class CoarseAttention(nn.Module):
         Step of each stage; what is there beyond the stages is not looked at. `strides_for` has those that
         suit an image size.
     kernel_size : {3, 5, 7}, default=3
-        Side of the kernels of the first stage; those of the others are 3x3.
+        Side of the kernels of the first convolution; those of the others are 3x3.
+    depth : {2, 3}, default=2
+        Convolutions before the pixels are scored: with 3, the second stage has two.
 
     Raises
     ------
     ValueError
-        If there are not two or three stages, or fewer strides than stages, or for another `kernel_size`.
+        If there are not two or three stages, or fewer strides than stages, or for another `kernel_size` or
+        `depth`.
 
     Attributes
     ----------
@@ -75,7 +78,8 @@ class CoarseAttention(nn.Module):
     background : Tensor of shape ()
         The level that images go on with beyond their borders, a buffer; 0 at first.
     compiled : bool
-        Whether compiled code may stand in for the first two stages and the scores, in training on a CPU.
+        Whether compiled code may stand in for the first two stages and the scores, in training on a CPU. It
+        does so where `depth` is 2.
 
     Notes
     -----
@@ -108,6 +112,7 @@ class CoarseAttention(nn.Module):
         channels: tuple[int, ...] = (8, 16, 24),
         strides: tuple[int, ...] = (2, 2, 2),
         kernel_size: int = 3,
+        depth: int = 2,
     ) -> None:
         super().__init__()
         if not 2 <= len(channels) <= min(3, len(strides)):
@@ -116,9 +121,13 @@ class CoarseAttention(nn.Module):
             )
         if kernel_size not in (3, 5, 7):
             raise ValueError(f"kernel_size={kernel_size!r} must be 3, 5 or 7.")
+        if depth not in (2, 3):
+            raise ValueError(f"depth={depth!r} must be 2 or 3.")
         self.register_buffer("background", torch.zeros(()))
         self.early = _convolution(in_channels, channels[0], strides[0], kernel_size)
         self.middle = _convolution(channels[0], channels[1], strides[1])
+        if depth == 3:
+            self.middle.extend(_convolution(channels[1], channels[1]))
         self.score = nn.Conv2d(channels[1], 1, 1)
         self.deep = None
         if len(channels) == 3:
@@ -128,6 +137,18 @@ class CoarseAttention(nn.Module):
             )
         self.steps = tuple(itertools.accumulate(strides[: len(channels)], operator.mul))
         self.n_features = 2 * channels[-1]
+
+    def stages(self) -> list[list[Any]]:
+        """Give the layers of each stage.
+
+        Returns
+        -------
+        list of two or three lists of Sequential
+            Each is a convolution, batch norm and ReLU.
+        """
+        middle = [self.middle[first : first + 3] for first in range(0, len(self.middle), 3)]
+        stages: list[list[Any]] = [[self.early], middle]
+        return stages if self.deep is None else [*stages, list(self.deep)]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Score the pixels and pool the features.

@@ -78,6 +78,8 @@ class SparseAttnNet(nn.Module):
         its gate to be all open, see Notes; 0: no matter how far, as in the first model files.
     kernel_size : {3, 5, 7}, default=3
         Side of the first convolution.
+    depth : {2, 3}, default=2
+        Convolutions before the pixels are scored, see `CoarseAttention`.
     margins : bool, default=False
         The gates of model files of version 2 instead, which nothing else has and only PyTorch computes:
         :math:`\sigma(a_j)\, m_j / (m_j + \bar m)` with :math:`m_j = a_j - \min_i a_i + 10^{-6}`.
@@ -85,7 +87,7 @@ class SparseAttnNet(nn.Module):
     Raises
     ------
     ValueError
-        If `variant` or `kernel_size` is another, or `spread` or `margin` is not from 0 to 1000.
+        If `variant`, `kernel_size` or `depth` is another, or `spread` or `margin` is not from 0 to 1000.
 
     Attributes
     ----------
@@ -160,6 +162,7 @@ class SparseAttnNet(nn.Module):
         spread: float = 3.0,
         margin: float = 0.4,
         kernel_size: int = 3,
+        depth: int = 2,
         margins: bool = False,
     ) -> None:
         super().__init__()
@@ -181,11 +184,12 @@ class SparseAttnNet(nn.Module):
             "spread": spread,
             "margin": margin,
             "kernel_size": kernel_size,
+            "depth": depth,
             "margins": margins,
         }
         self.compiled = True
         channels = (8, 16) if variant == "context" else (8, 16, 24)
-        self.coarse = CoarseAttention(n_channels, channels, strides, kernel_size)
+        self.coarse = CoarseAttention(n_channels, channels, strides, kernel_size, depth)
         self.context = None
         if variant == "context":
             self.context = TokenContext(channels, self.coarse.steps, embed_dim, separable)

@@ -89,6 +89,7 @@ def new_network(
                 strides=strides_for(height, width),
                 variant=params["variant"],
                 kernel_size=int(params["kernel_size"]),
+                depth=int(params["depth"]),
                 **sizes,
             )
         network.to_empty(device="cpu").float()

@@ -105,7 +105,7 @@ def test_the_engine_is_there():
 @settings(max_examples=60, deadline=None)
 def test_it_is_the_network(height, width, n_channels, share, kind, seed, variant):
     shape = height, width, n_channels
-    options = {"variant": variant, "kernel_size": 3 + 2 * (seed % 3)}
+    options = {"variant": variant, "kernel_size": 3 + 2 * (seed % 3), "depth": 2 + seed % 2}
     network = make_network(shape, 1 + share * (height * width - 1), seed=seed, **options)
     images = make_images(kind, 3, shape, seed)
     assert_as_reference(network, images, Engine.of(network, shape, BYTES).run(images, maps=True))
@@ -129,6 +129,9 @@ def test_it_is_the_network(height, width, n_channels, share, kind, seed, variant
         {"kernel_size": 5},
         {"kernel_size": 7},
         {"kernel_size": 7, "variant": "paper"},
+        {"depth": 3},
+        {"depth": 3, "variant": "paper"},
+        {"depth": 3, "separable": False, "embed_dim": 13, "n_heads": 3},
     ],
     ids=str,
 )

@@ -64,11 +64,13 @@ def along(position, n_cells, step):
     return weights
 
 
-def reference(coarse, image, strides, n_stages):
+def reference(coarse, image, strides, n_stages, depth=2):
     """Scores (H, W), z_coarse and the maps of one image (C, H, W)."""
     _, height, width = image.shape
     early = stage(image - array(coarse.background), coarse.early)
-    middle = stage(early, coarse.middle)
+    middle = stage(early, coarse.middle[:3])
+    if depth == 3:
+        middle = stage(middle, coarse.middle[3:])
     maps = [early, middle]
     if n_stages == 3:
         maps.append(stage(stage(middle, coarse.deep[0]), coarse.deep[1]))
@@ -92,15 +94,16 @@ def test_a_plain_background_has_no_frame():
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 9), (16, 13), (2, 11)])
-@pytest.mark.parametrize("kernel_size", [3, 5, 7])
-def test_forward_pass_is_the_reference(strides, height, width, channels, kernel_size):
+@pytest.mark.parametrize(("kernel_size", "depth"), [(3, 2), (3, 3), (5, 2), (7, 2), (7, 3)])
+def test_forward_pass_is_the_reference(strides, height, width, channels, kernel_size, depth):
     n_channels = 1 + height % 3
-    coarse = make_coarse(n_channels, strides, channels=channels, kernel_size=kernel_size)
+    coarse = make_coarse(n_channels, strides, channels=channels, kernel_size=kernel_size, depth=depth)
     assert coarse.early[0].weight.shape[2:] == (kernel_size, kernel_size)
+    assert [len(layers) for layers in coarse.stages()] == [1, depth - 1, 2][: len(channels)]
     images = np.random.default_rng(1).normal(size=(2, n_channels, height, width))
     look = coarse.look(torch.from_numpy(images))
     for b in range(2):
-        scores, z_coarse, maps = reference(coarse, images[b], strides, len(channels))
+        scores, z_coarse, maps = reference(coarse, images[b], strides, len(channels), depth)
         np.testing.assert_allclose(array(look.scores[b]), scores, rtol=1e-10, atol=1e-10)
         np.testing.assert_allclose(array(look.z_coarse[b]), z_coarse, rtol=1e-10, atol=1e-10)
         for found, expected in zip(look.maps, maps, strict=True):
@@ -144,17 +147,19 @@ def test_any_image_size_and_channels(height, width, n_channels, strides, trainin
     assert torch.isfinite(z_coarse).all()
 
 
-@pytest.mark.parametrize("kernel_size", [3, 5, 7])
+@pytest.mark.parametrize(("kernel_size", "depth"), [(3, 2), (3, 3), (5, 2), (7, 2), (7, 3)])
 @pytest.mark.parametrize("strides", STRIDES)
-def test_a_pixel_is_scored_by_its_neighbourhood(strides, kernel_size):
+def test_a_pixel_is_scored_by_its_neighbourhood(strides, kernel_size, depth):
     """Far from a change the scores stay: every cell of the reduced map is spread around its own pixel."""
-    coarse = make_coarse(1, strides, kernel_size=kernel_size)
+    coarse = make_coarse(1, strides, kernel_size=kernel_size, depth=depth)
     images = torch.zeros(2, 1, 64, 48, dtype=torch.float64)
     images[1, 0, 40, 11] = 3.0
     scores, _ = coarse(images)
     i, j = torch.nonzero(scores[0] != scores[1]).T
-    # A cell sees half the first kernel and s0 pixels to each side; its score enters less than a step away.
-    reach = kernel_size // 2 + strides[0] + strides[0] * strides[1] - 1
+    # A cell sees half the first kernel and s0 pixels to each side, with a third layer also the cells next to
+    # it; its score enters less than a step away.
+    step = strides[0] * strides[1]
+    reach = kernel_size // 2 + strides[0] + (depth - 2) * step + step - 1
     assert len(i)
     assert abs(i - 40).max() <= reach
     assert abs(j - 11).max() <= reach
@@ -272,3 +277,9 @@ def test_stages_of_no_network(channels, strides):
 def test_kernels_of_no_network(kernel_size):
     with pytest.raises(ValueError, match=f"kernel_size={kernel_size} must be 3, 5 or 7"):
         CoarseAttention(kernel_size=kernel_size)
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_depths_of_no_network(depth):
+    with pytest.raises(ValueError, match=f"depth={depth} must be 2 or 3"):
+        CoarseAttention(depth=depth)

@@ -249,6 +249,7 @@ def test_when_pytorch_has_to_do_it():
     assert not is_compiled(coarse, images.to("meta"))
     assert not is_compiled(coarse, images.clone().requires_grad_())
     assert not is_compiled(make_coarse(2, channels=(4, 16)), images)
+    assert not is_compiled(CoarseAttention(2, (8, 16), depth=3), images)
     for change in (
         lambda c: c.eval(),
         lambda c: c.double(),

@@ -51,7 +51,7 @@ class Reference:
         self.spread, self.margin, self.separable = (
             net.form[name] for name in ("spread", "margin", "separable")
         )
-        self.margins = net.form["margins"]
+        self.margins, self.depth = net.form["margins"], net.form["depth"]
         self.strides = strides
         self.with_context = net.context is not None
 
@@ -59,14 +59,14 @@ class Reference:
         mean, variance = self.w[f"{name}.running_mean"], self.w[f"{name}.running_var"]
         return (x - mean) / np.sqrt(variance + 1e-5) * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
 
-    def stage(self, x, name, stride=1):
+    def stage(self, x, name, stride=1, first=0):
         """x : (H, W, C)."""
-        kernel = self.w[f"{name}.0.weight"]
+        kernel = self.w[f"{name}.{first}.weight"]
         border = kernel.shape[2] // 2
         padded = np.pad(x, ((border, border), (border, border), (0, 0)))
         windows = sliding_window_view(padded, kernel.shape[2:], axis=(0, 1))[::stride, ::stride]
         x = np.einsum("hwcij,ocij->hwo", windows, kernel)
-        return np.maximum(self.norm(x, f"{name}.1"), 0)
+        return np.maximum(self.norm(x, f"{name}.{first + 1}"), 0)
 
     def coarse(self, image):
         """Scores (H, W), pooled features, and the maps (h, w, C) with the pixels between their cells."""
@@ -74,6 +74,8 @@ class Reference:
         above = np.moveaxis(image, 0, -1) - self.w["coarse.background"]
         early = self.stage(above, "coarse.early", self.strides[0])
         middle = self.stage(early, "coarse.middle", self.strides[1])
+        if self.depth == 3:
+            middle = self.stage(middle, "coarse.middle", first=3)
         stages = [early, middle]
         if not self.with_context:
             deep = self.stage(middle, "coarse.deep.0", self.strides[2])
@@ -185,6 +187,7 @@ class Reference:
         (2, 19, 12, 30, {"margin": 0.0}),
         (2, 19, 12, 30, {"spread": 0.0}),
         (2, 19, 12, 30, {"kernel_size": 7}),
+        (2, 19, 12, 30, {"kernel_size": 5, "depth": 3}),
         (2, 33, 26, 130, {"spread": 0.7, "margin": 1.5}),
         (1, 33, 26, 130, {"spread": 0.0, "margin": 0.0, "separable": False}),
         (1, 33, 26, 130, {"spread": 0.0, "margin": 0.0, "margins": True}),

@@ -85,6 +85,7 @@ WAYS = {
     "augmented": {"augment": jitter},
     "consistent": {"augment": jitter, "consistency_weight": 0.5, "gate_init": 0.88, "k_update": "batch"},
     "larger kernel": {"kernel_size": 7},
+    "deeper": {"depth": 3},
     "paper": {"variant": "paper", "class_weight": "balanced", "focal_gamma": 2.0},
 }
 
