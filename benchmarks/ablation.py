@@ -5,7 +5,7 @@
     python benchmarks/ablation.py --tables                         # only rewrite the tables of README.md
 
 The harness is that of accuracy.py, and its runs of `sparseattn` are what the variants are held against; those
-of `sparseattn_consistent`, `sparseattn_7x7` and of both are among the variants.
+of `sparseattn_consistent`, `sparseattn_7x7`, of both, and of these with a layer more are among the variants.
 Parts are taken out or replaced in the network itself, when its training begins, by `Change`; everything else
 of the fit stays as it is.
 """
@@ -29,7 +29,13 @@ from sklearn_sparseattn.network.selection import turns
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "ablation.json", HERE / "README.md"
-OTHERS = ("sparseattn_consistent", "sparseattn_7x7", "sparseattn_consistent_7x7")  # of accuracy.py
+OTHERS = (  # of accuracy.py
+    "sparseattn_consistent",
+    "sparseattn_7x7",
+    "sparseattn_consistent_7x7",
+    "sparseattn_deep_7x7",
+    "sparseattn_consistent_deep_7x7",
+)
 DATA = ("pbc5", "pbc5_few", "jurkat", "event", "tcell")
 
 

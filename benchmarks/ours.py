@@ -97,11 +97,12 @@ def multiply_adds(clf, images):
     coarse, fine, fusion, embedding = network.coarse, network.fine, network.fusion, network.embedding
     k, sizes, counts = network.n_chosen(height * width), [], dict.fromkeys(PARTS, 0.0)
     n_rows, n_columns = height, width
-    for convolution, *_ in itertools.chain.from_iterable(coarse.stages()):
-        stride = convolution.stride[0]
-        n_rows, n_columns = (n_rows - 1) // stride + 1, (n_columns - 1) // stride + 1
+    for stage in coarse.stages():
+        for convolution, *_ in stage:
+            stride = convolution.stride[0]
+            n_rows, n_columns = (n_rows - 1) // stride + 1, (n_columns - 1) // stride + 1
+            counts["coarse"] += n_rows * n_columns * convolution.weight.numel()  # every cell
         sizes.append((n_rows, n_columns))
-        counts["coarse"] += n_rows * n_columns * convolution.weight.numel()  # every cell
     counts["coarse"] += np.prod(sizes[1]) * coarse.score.weight.numel()  # a score for each cell of the second
     if network.context is not None:  # 3x3 convolutions of both maps, where pixels were chosen
         for chunk in in_chunks(clf, images):

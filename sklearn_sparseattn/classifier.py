@@ -57,7 +57,7 @@ class SparseAttnClassifier(FittedNetwork):
     gate_init : float in (0, 1), default=0.5
         With "context", the gates of tokens before training; later the sigmoid of their pixels' scores.
     depth, kernel_size : {2, 3}, {3, 5, 7}, default=2, 3
-        Convolutions before pixels are scored; side of the first. 3 and 7 suit holograms, fine fringes.
+        Convolutions before pixels are scored; side of the first one. For holograms 3 and 7 are better.
     embed_dim, n_heads, hidden_dim : int, default=32, 2, 128
         Length D of a token; heads of the fine attention, at most D; hidden width of the classifier, of which
         the paper has 512, more than fit into its own 0.05 M parameters.
@@ -147,7 +147,7 @@ class SparseAttnClassifier(FittedNetwork):
     another's; where the same fit runs already it is an error (on Windows it is not noticed). Functions count
     by their names, and so do the versions of PyTorch and of this package. Of `callbacks`, state is kept of
     EarlyStopping, LRScheduler and what has ``state_dict`` and ``load_state_dict``. With ``random_state=None``
-    the generators go on, too. Only a fit that is done removes its file.
+    the generators go on, too. A fit that is done removes its file; others leave it.
 
     Ctrl-C after an epoch or more ends a fit with a warning and a usable estimator: with early stopping that
     of the best epoch so far, else that of the last whole one. Where numbers go wrong, a loss or weights that
@@ -417,8 +417,8 @@ class SparseAttnClassifier(FittedNetwork):
     def _network_to_train(self, fresh, generator, training) -> SparseAttnNet:
         if not fresh:
             return copy.deepcopy(self.network_)  # should the fit fail, the old one is still there
-        params, n_classes = self.get_params(deep=False), len(self.classes_)
-        return new_network(params, self.image_shape_, n_classes, generator, training)
+        params = self.get_params(deep=False)
+        return new_network(params, self.image_shape_, len(self.classes_), generator, training)
 
     def _checkpoint(self, training, held_out, fresh) -> AbstractContextManager[Checkpoint | None]:
         if self.checkpoint_dir is None:

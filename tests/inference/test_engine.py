@@ -101,6 +101,7 @@ def test_the_engine_is_there():
 @example(height=135, width=135, n_channels=1, share=1, kind="areas", seed=1, variant="paper")
 @example(height=1, width=300, n_channels=2, share=0.5, kind="noise", seed=0, variant="context")
 @example(height=17, width=4200, n_channels=1, share=0.1, kind="noise", seed=0, variant="context")  # in bands
+@example(height=17, width=4200, n_channels=1, share=0.1, kind="noise", seed=1, variant="context")
 @example(height=64, width=65, n_channels=3, share=0, kind="zeros", seed=0, variant="context")
 @settings(max_examples=60, deadline=None)
 def test_it_is_the_network(height, width, n_channels, share, kind, seed, variant):

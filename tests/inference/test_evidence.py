@@ -110,10 +110,11 @@ class Literal:
         return expected
 
 
+@pytest.mark.parametrize("depth", [2, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("image_shape", IMAGE_SHAPES, ids=str)
-def test_it_is_the_slope_of_scaling_tokens_and_cells(image_shape, variant):
-    network = make_network(image_shape, variant)
+def test_it_is_the_slope_of_scaling_tokens_and_cells(image_shape, variant, depth):
+    network = make_network(image_shape, variant, depth=depth)
     images, classes = random_images(image_shape), [2, 0, 3]
     found = maps_of(network, images, classes)
     assert found.shape == (3, *image_shape[:2])

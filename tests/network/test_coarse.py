@@ -215,9 +215,10 @@ def test_a_bright_pixel_raises_the_scores_around_itself(strides):
     assert raised.argmax() == i * raised.shape[1] + j
 
 
+@pytest.mark.parametrize("depth", [2, 3])
 @pytest.mark.parametrize("channels", CHANNELS)
-def test_gradient_reaches_every_parameter(channels):
-    coarse = make_coarse(2, (2, 2, 2), channels=channels).train()
+def test_gradient_reaches_every_parameter(channels, depth):
+    coarse = make_coarse(2, (2, 2, 2), channels=channels, depth=depth).train()
     generator = torch.Generator().manual_seed(0)
     scores, z_coarse = coarse(torch.randn(4, 2, 20, 21, dtype=torch.float64, generator=generator))
     (scores.square().sum() + z_coarse.square().sum()).backward()
