@@ -268,11 +268,7 @@ def score_tables(results, models):
 
 def where(results):
     places = {f"{run['machine']['processor']}, torch {run['machine']['torch']}" for run in results.values()}
-    hours = sum(run["fit_seconds"] for run in results.values() if run["model"] in PEERS) / 3600
-    return (
-        f"Machine: {'; '.join(sorted(places)) or 'nothing measured yet'}; one thread a run. "
-        f"The peers' fits took {hours:.1f} h in all."
-    )
+    return f"Machine: {'; '.join(sorted(places)) or 'nothing measured yet'}; one thread a run."
 
 
 def difference(a, b, column):
@@ -310,7 +306,9 @@ def difference_table(results, first, others):
 
 def write_tables(path, document):
     results = recorded(path)
-    put_into(document, "accuracy", score_tables(results, MODELS))
+    hours = sum(run["fit_seconds"] for run in results.values() if run["model"] in PEERS) / 3600
+    took = f"The peers' fits took {hours:.1f} h in all."
+    put_into(document, "accuracy", f"{score_tables(results, MODELS)} {took}")
     put_into(document, "differences", difference_table(results, OURS, PEERS))
 
 

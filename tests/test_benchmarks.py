@@ -144,7 +144,7 @@ def test_peers_of_transformers(few_cells, load_benchmark, name, n_parameters):
     assert peer.n_iter_ == 1
 
 
-def test_harness(few_cells, load_benchmark, tmp_path, capsys):
+def test_harness(few_cells, load_benchmark, tmp_path, capsys, monkeypatch):
     """Measure, take up again, make the tables."""
     accuracy = load_benchmark("accuracy")
     models = {"sparseattn": accuracy.ours(max_epochs=2), "hog_svc": accuracy.PEERS["hog_svc"]}
@@ -168,6 +168,15 @@ def test_harness(few_cells, load_benchmark, tmp_path, capsys):
     text = document.read_text()
     assert len(re.findall(r"^\| `(sparseattn|hog_svc)` \| 2 \| [\d.]+ ± [\d.]+ \|", text, re.M)) == 2
     assert re.search(r"^\| event \| `sparseattn` \| `hog_svc` \| 2 \| [+-][\d.]+ \[", text, re.M)
+    assert " without " not in text
+    monkeypatch.setattr(accuracy, "ASTRAY", {("event", "hog_svc"): ("seed1", "seed7")})
+    monkeypatch.setattr(accuracy, "PEERS", {"hog_svc": None})
+    hours = [{**run, "fit_seconds": 3600.0} for run in accuracy.recorded(path).values()]
+    path.write_text(json.dumps({f"{run['model']}/{run['split']}": run for run in hours}))
+    accuracy.write_tables(path, document)
+    text = document.read_text()
+    assert re.search(r"`hog_svc` without seed1 \| 1 \| [+-][\d.]+ \| one run", text)
+    assert "The peers' fits took 2.0 h in all." in text
 
 
 def test_fits_that_vote(few_cells, load_benchmark):
