@@ -290,17 +290,16 @@ def difference_table(results, first, others):
     ]
     for data in data_sets.TITLES:
         for a, b in [(a, b) for a in first for b in others]:
-            runs = [runs_of(results, data, model) for model in (a, b)]
-            n = len(runs[0].keys() & runs[1].keys())
-            if n:
-                columns = [*difference(*runs, "accuracy"), *difference(*runs, "macro_f1")]
-                lines.append(f"| {data} | `{a}` | `{b}` | {n} | {' | '.join(columns)} |")
-            astray = runs[1].keys() & set(ASTRAY.get((data, b), ()))
-            rest = {split: run for split, run in runs[1].items() if split not in astray}
-            if astray and (n := len(runs[0].keys() & rest.keys())):
-                columns = [*difference(runs[0], rest, "accuracy"), *difference(runs[0], rest, "macro_f1")]
-                without = f"`{b}` without {', '.join(sorted(astray))}"
-                lines.append(f"| {data} | `{a}` | {without} | {n} | {' | '.join(columns)} |")
+            ours, theirs = (runs_of(results, data, model) for model in (a, b))
+            astray = sorted(theirs.keys() & set(ASTRAY.get((data, b), ())))
+            against = {f"`{b}`": theirs}
+            if astray:
+                rest = {split: run for split, run in theirs.items() if split not in astray}
+                against[f"`{b}` without {', '.join(astray)}"] = rest
+            for label, runs in against.items():
+                if n := len(ours.keys() & runs.keys()):
+                    columns = [*difference(ours, runs, "accuracy"), *difference(ours, runs, "macro_f1")]
+                    lines.append(f"| {data} | `{a}` | {label} | {n} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
