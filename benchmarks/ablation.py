@@ -35,6 +35,7 @@ OTHERS = (  # of accuracy.py
     "sparseattn_consistent_7x7",
     "sparseattn_deep_7x7",
     "sparseattn_consistent_deep_7x7",
+    "sparseattn_consistent_deep_7x7_long",
 )
 DATA = ("pbc5", "pbc5_few", "jurkat", "event", "tcell")
 

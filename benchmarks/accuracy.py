@@ -79,6 +79,9 @@ OURS = {
     "sparseattn_consistent_7x7": ours(consistency_weight=1.0, gate_init=0.88, kernel_size=7),
     "sparseattn_deep_7x7": ours(depth=3, kernel_size=7),
     "sparseattn_consistent_deep_7x7": ours(consistency_weight=1.0, gate_init=0.88, depth=3, kernel_size=7),
+    "sparseattn_consistent_deep_7x7_long": ours(
+        consistency_weight=1.0, gate_init=0.88, depth=3, kernel_size=7, max_epochs=120
+    ),
     "sparseattn_vote": partial(Vote, 3),
 }
 MODELS = {**OURS, **PEERS}
