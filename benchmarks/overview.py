@@ -30,6 +30,11 @@ RESULTS = HERE / "overview.json"
 README = HERE.parent / "README.md"
 SEEDS = (0, 1, 2)
 CNNS = {"resnet50": "ResNet50", "mobilenetv2": "MobileNetV2"}
+CONSISTENT = {  # and what the row says of them
+    "sparseattn_consistent": (),
+    "sparseattn_consistent_deep_7x7": ("deep",),
+    "sparseattn_consistent_deep_7x7_long": ("deep, long",),
+}
 
 
 def attention(modality):
@@ -107,7 +112,7 @@ def accuracy_row(results, data, title):
     peers = {name: runs for name, runs in peers.items() if runs}
     best = max(peers, key=lambda name: np.mean([run["accuracy"] for run in peers[name]]), default=None)
     consistent = []
-    for name, note in (("sparseattn_consistent", []), ("sparseattn_consistent_deep_7x7", ["deep"])):
+    for name, note in CONSISTENT.items():
         if runs := list(accuracy.runs_of(results, data, name).values()):
             consistent.append(accuracy_of(runs, *note))
     cnn = accuracy_of(peers[best], CNNS[best]) if best else "not run yet"
@@ -141,8 +146,8 @@ def tables(results, results_of_accuracy):
         "",
         "n: splits (80/20 by seed, folds of jurkat, donors of T cells, draws of the labelled), mean ± "
         "standard deviation; consistent: `consistency_weight=1, gate_init=0.88`, a step of whose fit sees "
-        "each image twice; deep: with `depth=3, kernel_size=7`, too; the CNN is the better of ResNet50 and "
-        "MobileNetV2, as far as run, from scratch. "
+        "each image twice; deep: with `depth=3, kernel_size=7`, too; long: with "
+        "`max_epochs=120`; the CNN is the better of ResNet50 and MobileNetV2, as far as run, from scratch. "
         "A tenth of the training images was held out from all of them. More models, differences "
         "with intervals and how it was done: "
         "[benchmarks](benchmarks/README.md).",
