@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import accuracy
+import candidates
 import data_sets
 import torch
 from accuracy import difference, measure_all, names_of, ours, runs_of, spread
@@ -44,14 +45,21 @@ DATA = ("pbc5", "pbc5_few", "jurkat", "event", "tcell")
 
 
 class Change(Callback):
-    """Change the network before it is trained; what is changed stays so in the fitted estimator."""
+    """Change the network before it is trained; what is changed stays so in the fitted estimator.
+
+    Weights that come in with a change are drawn from PyTorch's global generator, and trained as the others.
+    """
 
     def __init__(self, change):
         self.change = change
 
     def on_train_begin(self, net, X=None, y=None, **kwargs):
         """Apply it."""
+        before = set(net.module_.parameters())
         self.change(net.module_)
+        new = [weight for weight in net.module_.parameters() if weight not in before]
+        if new:
+            net.optimizer_.param_groups[0]["params"].extend(new)
 
 
 class Nothing(nn.Module):
@@ -138,6 +146,12 @@ def changed(change, **params):
     return {"callbacks": [Change(change)], **params}
 
 
+def cheaper_coarse_only(network):
+    """What the sparse branch is worth on top of a coarse network of a quarter of the cells."""
+    candidates.every_fourth(network)
+    coarse_only(network)
+
+
 def fixed_k(share):
     return {"k_init": share, "k_min": share, "k_max": share}
 
@@ -156,6 +170,14 @@ VARIANTS = {
     "not_spread": changed(partial(without, "spread")),
     "no_margin": changed(partial(without, "margin")),
     "ungated": changed(ungated),
+    "single_pixel_tokens": changed(candidates.single_pixel),
+    "coarse_feature_tokens": changed(candidates.coarse_features),
+    **{f"patch_tokens_{n}x{n}": changed(partial(candidates.patches, n, False)) for n in (3, 5, 7)},
+    "context_and_patch_tokens_5x5": changed(partial(candidates.patches, 5, True)),
+    "image_query": changed(candidates.image_query),
+    "second_layer": changed(candidates.second_layer),
+    "cheaper_coarse": changed(candidates.every_fourth, kernel_size=5),
+    "cheaper_coarse_only": changed(cheaper_coarse_only, kernel_size=5),
     "no_contrastive": {"contrastive_weight": 0.0},
     "no_distillation": {"distillation_weight": 0.0},
     "distillation_as_printed": {"distillation_emphasis": None},

@@ -19,7 +19,13 @@ from scipy.stats import ttest_rel
 from sklearn_sparseattn.network import SparseAttnNet
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-SHARED = ("report", "data_sets", "peers", "accuracy")  # what the scripts import from beside them
+SHARED = (
+    "report",
+    "data_sets",
+    "peers",
+    "accuracy",
+    "candidates",
+)  # what the scripts import from beside them
 
 
 @pytest.fixture

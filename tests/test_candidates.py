@@ -1,0 +1,195 @@
+"""Other forms of the sparse branch, which the ablation holds against the default, by their definitions."""
+
+import copy
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from sklearn_sparseattn import SparseAttnClassifier
+from sklearn_sparseattn.network import SparseAttnNet
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+SCRIPTS = ("report", "data_sets", "peers", "accuracy", "candidates", "ablation")
+
+IMAGES = torch.rand(3, 2, 24, 20, generator=torch.Generator().manual_seed(1)).double()
+NAMES = [
+    "single_pixel_tokens",
+    "coarse_feature_tokens",
+    *(f"patch_tokens_{n}x{n}" for n in (3, 5, 7)),
+    "context_and_patch_tokens_5x5",
+    "image_query",
+    "second_layer",
+    "cheaper_coarse",
+    "cheaper_coarse_only",
+]
+
+
+@pytest.fixture
+def ablation(monkeypatch):
+    """The script, imported where it finds its neighbours; all of them are gone after the test."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in SCRIPTS:
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
+    return importlib.import_module("ablation")
+
+
+@pytest.fixture
+def candidate(ablation):
+    """The network of a variant, changed as before its training, and as it was before; float64."""
+
+    def make(name):
+        variant = ablation.VARIANTS[name]
+        network = SparseAttnNet(2, 3, 20, kernel_size=variant.get("kernel_size", 3)).eval()
+        network.reset_parameters(torch.Generator().manual_seed(0))
+        network.coarse.background.fill_(0.3)
+        optimizer = SimpleNamespace(param_groups=[{"params": list(network.parameters())}])
+        plain = copy.deepcopy(network).double()
+        for callback in variant["callbacks"]:
+            callback.on_train_begin(SimpleNamespace(module_=network, optimizer_=optimizer))
+        assert {id(p) for p in optimizer.param_groups[0]["params"]} >= {id(p) for p in network.parameters()}
+        return network.double(), plain
+
+    return make
+
+
+def looked(network):
+    scores, _, maps = network.coarse.look(IMAGES)
+    pixels = network.choose(IMAGES, scores)
+    return pixels, scores, maps
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_candidates_are_trained_whole(ablation, name):
+    X = np.random.default_rng(0).integers(0, 256, (20, 24, 24, 2), dtype=np.uint8)
+    start, trained = (
+        ablation.ours(**ablation.VARIANTS[name] | {"max_epochs": n_epochs})(
+            augment=None, batch_size=5, random_state=0
+        )
+        for n_epochs in (1, 2)
+    )
+    weights = []
+    for model in (start, trained):
+        assert isinstance(model, SparseAttnClassifier)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model.fit(X, np.arange(20) % 2)
+        weights.append(dict(model.network_.named_parameters()))
+    assert np.isfinite(trained.predict_proba(X)).all()
+    unchanged = {key for key, weight in weights[0].items() if torch.equal(weight, weights[1][key])}
+    frozen = {key for key, weight in weights[0].items() if not weight.requires_grad}
+    if name == "cheaper_coarse_only":  # nothing comes back from tokens that reach nothing
+        frozen = {
+            key for key in weights[0] if key.split(".")[0] in ("context", "embedding", "fine", "fine_norm")
+        }
+    assert unchanged == frozen
+
+
+@pytest.mark.parametrize("name", ["single_pixel_tokens", "coarse_feature_tokens"])
+def test_context_of_less(candidate, name):
+    network, _ = candidate(name)
+    pixels, _, maps = looked(network)
+    found = network.context(maps, pixels, 20)
+    if name == "single_pixel_tokens":
+        assert not found.any()
+        return
+    for image in range(3):
+        for at, context in zip(pixels[image].tolist(), found[image], strict=True):
+            expected = 0
+            for cells, step, convolve in zip(maps, (2, 4), network.context.convolve, strict=True):
+                i, j = (
+                    min((place + step // 2) // step, n - 1)
+                    for place, n in zip(divmod(at, 20), cells.shape[2:], strict=True)
+                )
+                expected = expected + convolve[1].weight[:, :, 0, 0] @ cells[image, :, i, j]
+            torch.testing.assert_close(context, expected)
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"patch_tokens_{n}x{n}" for n in (3, 5, 7)), "context_and_patch_tokens_5x5"]
+)
+def test_patches_are_what_lies_around_a_pixel(candidate, name):
+    network, _ = candidate(name)
+    pixels, scores, maps = looked(network)
+    found = network.hidden_tokens(IMAGES, pixels, scores, maps)
+    side = int(name[-1])
+    padded = np.pad(IMAGES.numpy() - np.float32(0.3), ((0, 0), (0, 0), (side // 2,) * 2, (side // 2,) * 2))
+    gates = network.gates(scores, pixels)
+    context = network.context(maps, pixels, 20) * name.startswith("context")
+    first = network.embedding.first
+    for image in range(3):
+        for n, at in enumerate(pixels[image].tolist()):
+            i, j = divmod(at, 20)
+            patch = torch.from_numpy(padded[image, :, i : i + side, j : j + side])
+            token = torch.tensor([(2 * j + 1) / 20 - 1, (2 * i + 1) / 24 - 1, *IMAGES[image, :, i, j]])
+            inner = first.weight @ token + first.bias + context[image, n]
+            inner = inner + (network.patches.weight * patch).sum((1, 2, 3))
+            torch.testing.assert_close(found[image, n], inner.clamp(min=0) * gates[image, n])
+
+
+def test_image_query_is_added_to_that_of_the_cls_token(candidate):
+    network, plain = candidate("image_query")
+    with_image = network(IMAGES)
+    network.image_query.weight.data.zero_()
+    for found, expected in zip(network(IMAGES), plain(IMAGES), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert not torch.allclose(with_image.logits, network(IMAGES).logits)
+    # By hand, for one image: w_j = mean over heads of the sum over columns of q_c A_jc.
+    network, _ = candidate("image_query")
+    pixels, scores, maps = looked(network)
+    z_fine, attention, contribution = network.attend(IMAGES, pixels, scores, maps)
+    fine = network.fine
+    tokens = network.embedding.out(network.hidden_tokens(IMAGES, pixels, scores, maps))[0]
+    joint = torch.cat([tokens, fine.cls_token[0]])
+    pooled = torch.cat([maps[1][0].mean((1, 2)), maps[1][0].amax((1, 2))])
+    query = fine.query.weight @ fine.cls_token[0, 0] + network.image_query.weight @ pooled
+    key = (joint @ fine.key.weight.T).clamp(min=0) + 1e-6
+    share = key / key.sum(0)
+    weight = share @ query / 2  # 2 heads, side by side
+    torch.testing.assert_close(contribution[0], weight[:-1])
+    torch.testing.assert_close(attention[0], share[:-1].mean(1))
+    torch.testing.assert_close(z_fine[0], fine.value.weight @ (weight @ joint))
+
+
+def test_second_layer_lets_tokens_ask_before_they_are_pooled(candidate):
+    network, plain = candidate("second_layer")
+    pixels, scores, maps = looked(network)
+    found = network.attend(IMAGES, pixels, scores, maps)
+    first = network.first_layer
+    tokens = network.embedding.out(network.hidden_tokens(IMAGES, pixels, scores, maps))
+    asked = []
+    for rows in tokens:
+        joint = torch.cat([rows, first.cls_token[0]])
+        key = (joint @ first.key.weight.T).clamp(min=0) + 1e-6
+        share = key / key.sum(0)
+        asked.append((rows @ first.query.weight.T / 2) @ (share.T @ (joint @ first.value.weight.T)))
+    expected = plain.fine.attend(tokens + network.first_norm(torch.stack(asked)))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_cheaper_coarse_network_has_a_quarter_of_the_cells(candidate):
+    network, plain = candidate("cheaper_coarse")
+    assert [cells.shape[2:].numel() for cells in looked(network)[2]] == [30, 9]
+    assert [cells.shape[2:].numel() for cells in looked(plain)[2]] == [120, 30]
+    assert network(IMAGES).scores.shape == (3, 24, 20)
+    output = network(IMAGES.float().double())
+    network.embedding.first.weight.data.zero_()
+    assert not torch.equal(network(IMAGES).logits, output.logits)
+    only, _ = candidate("cheaper_coarse_only")
+    before = only(IMAGES).logits
+    only.embedding.first.weight.data.zero_()
+    assert torch.equal(only(IMAGES).logits, before)
+
+
+def test_cheaper_coarse_network_is_the_same_in_training(candidate):
+    network, _ = candidate("cheaper_coarse")
+    network = network.float().train()
+    scores = network.coarse.look(IMAGES.float()).scores
+    network.coarse.compiled = False
+    torch.testing.assert_close(scores, network.coarse.look(IMAGES.float()).scores)
