@@ -2,6 +2,7 @@
 
     python benchmarks/ablation.py                                  # all that ablation.json does not hold yet
     python benchmarks/ablation.py --variants random_pixels,coarse_only --data pbc5,event --seeds 5 --jobs 2
+    python benchmarks/ablation.py --costs                          # what candidates cost; nothing beside it
     python benchmarks/ablation.py --tables                         # only rewrite the tables of README.md
 
 The harness is that of accuracy.py, and its runs of `sparseattn` are what the variants are held against; those
@@ -18,18 +19,21 @@ from pathlib import Path
 import accuracy
 import candidates
 import data_sets
+import numpy as np
 import torch
 from accuracy import difference, measure_all, names_of, ours, runs_of, spread
-from report import put_into, recorded
+from report import machine, put_into, record, recorded
 from skorch.callbacks import Callback, GradientNormClipping
+from timing import in_turns, rate
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from sklearn_sparseattn.network import pixel_tokens, select_pixel_set
+from sklearn_sparseattn.network import SparseAttnNet, pixel_tokens, select_pixel_set
 from sklearn_sparseattn.network.coarse import CoarseLook
 from sklearn_sparseattn.network.selection import turns
 
 HERE = Path(__file__).resolve().parent
-RESULTS, README = HERE / "ablation.json", HERE / "README.md"
+RESULTS, COSTS, README = HERE / "ablation.json", HERE / "ablation_costs.json", HERE / "README.md"
 OTHERS = (  # of accuracy.py
     "sparseattn_consistent",
     "sparseattn_7x7",
@@ -220,6 +224,68 @@ VARIANTS = {
 }
 
 
+# ---- costs ----
+
+CANDIDATES = (
+    *("default", "paper_form", "single_pixel_tokens", "coarse_feature_tokens"),
+    *(f"patch_tokens_{n}x{n}" for n in (3, 5, 7)),
+    *("context_and_patch_tokens_5x5", "image_query", "second_layer", "cheaper_coarse", "embed_dim=64"),
+)
+
+
+def network_of(name, k=2146):
+    """One channel, three classes, in evaluation and all in PyTorch: on the same footing."""
+    variant = VARIANTS.get(name, {})
+    form = {key: value for key, value in variant.items() if key != "callbacks"}
+    network = SparseAttnNet(1, 3, k, **form)
+    for callback in variant.get("callbacks", ()):
+        callback.change(network)
+    network.compiled = network.coarse.compiled = False
+    return network.eval()
+
+
+def measure_costs(path, size=135, n_images=32, n_rounds=9, seconds=0.5):
+    """Parameters, multiply-adds and images a second of each candidate, in turns, on one thread."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    images = torch.rand(n_images, 1, size, size, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            networks = {name: network_of(name) for name in CANDIDATES}
+            rates = in_turns(
+                networks, n_rounds, lambda network: rate(lambda: len(network(images).logits), seconds)
+            )
+            for name, network in networks.items():
+                with FlopCounterMode(display=False) as counter:
+                    network(images[:1])
+                cost = {
+                    "parameters": sum(p.numel() for p in network.parameters()),
+                    "multiply_adds": counter.get_total_flops() // 2,
+                    "images_per_second": rates[name],
+                    "machine": machine(),
+                }
+                record(path, name, cost)
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def cost_table(costs):
+    """By candidate; the rate is the median of the rounds, its ratio that of the round's own default."""
+    lines = [
+        "| variant | parameters | multiply-adds, M | images/s | against default |",
+        "|---|---|---|---|---|",
+    ]
+    for name, cost in costs.items():
+        rates, default = (np.array(costs[each]["images_per_second"]) for each in (name, "default"))
+        figures = f"{cost['parameters']:,} | {cost['multiply_adds'] / 1e6:.1f} | {np.median(rates):.0f}"
+        lines.append(f"| `{name}` | {figures} | {np.median(rates / default):.2f} |")
+    machines = {
+        f"{cost['machine']['processor']}, torch {cost['machine']['torch']}" for cost in costs.values()
+    }
+    return "\n".join([*lines, "", f"Machine: {'; '.join(sorted(machines))}; one thread."])
+
+
 # ---- tables ----
 
 
@@ -263,11 +329,20 @@ def main(arguments=None):
     parser.add_argument("--data", type=names_of(data_sets.DATA_SETS), default=list(DATA))
     parser.add_argument("--seeds", type=int, default=5, help="how many splits of each data set, at most 30")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--costs", action="store_true", help="measure what the candidates cost, and no more")
     parser.add_argument("--tables", action="store_true", help="measure nothing")
     options = parser.parse_args(arguments)
     models = {name: ours(**VARIANTS[name]) for name in options.variants}
-    well = options.tables or measure_all(RESULTS, models, options.data, options.seeds, options.jobs)
+    if options.costs:
+        measure_costs(COSTS)
+    well = (
+        options.tables
+        or options.costs
+        or measure_all(RESULTS, models, options.data, options.seeds, options.jobs)
+    )
     put_into(README, "ablation", tables(recorded(RESULTS), recorded(accuracy.RESULTS)))
+    if costs := recorded(COSTS):
+        put_into(README, "candidates", cost_table(costs))
     return 0 if well else 1
 
 

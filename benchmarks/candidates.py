@@ -42,11 +42,18 @@ def patches(size, beside_context, network):
 
 
 def tokens_of_patches(network, beside_context, images, pixels, scores, maps):
-    """In place of `hidden_tokens`; convolved everywhere, which is brief, not quick."""
-    convolved = network.patches(images - network.coarse.background).flatten(2).transpose(1, 2)
-    known = convolved.gather(1, pixels.unsqueeze(-1).expand(-1, -1, convolved.shape[-1]))
+    """In place of `hidden_tokens`: the patches of the chosen pixels, and no others, times the kernels."""
+    width, side = images.shape[-1], network.patches.kernel_size[0]
+    framed = F.pad(images - network.coarse.background, [side // 2] * 4)
+    row = pixels.div(width, rounding_mode="floor")
+    first = row * framed.shape[-1] + pixels - row * width  # upper left corner of each patch
+    within = torch.arange(side, device=pixels.device)
+    at = first.unsqueeze(-1) + (within.unsqueeze(1) * framed.shape[-1] + within).flatten()
+    around = framed.flatten(2).gather(2, at.flatten(1).unsqueeze(1).expand(-1, framed.shape[1], -1))
+    around = around.unflatten(2, at.shape[1:]).transpose(1, 2).flatten(2)
+    known = around @ network.patches.weight.flatten(1).T
     if beside_context:
-        known = known + network.context(maps, pixels, images.shape[-1])
+        known = known + network.context(maps, pixels, width)
     hidden = network.embedding.hidden(pixel_tokens(images, pixels), known)
     return hidden * network.gates(scores, pixels).unsqueeze(-1)
 

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from sklearn_sparseattn import SparseAttnClassifier
 from sklearn_sparseattn.network import SparseAttnNet
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-SCRIPTS = ("report", "data_sets", "peers", "accuracy", "candidates", "ablation")
+SCRIPTS = ("report", "data_sets", "peers", "accuracy", "candidates", "timing", "ablation")
 
 IMAGES = torch.rand(3, 2, 24, 20, generator=torch.Generator().manual_seed(1)).double()
 NAMES = [
@@ -193,3 +194,18 @@ def test_cheaper_coarse_network_is_the_same_in_training(candidate):
     scores = network.coarse.look(IMAGES.float()).scores
     network.coarse.compiled = False
     torch.testing.assert_close(scores, network.coarse.look(IMAGES.float()).scores)
+
+
+def test_costs_of_candidates_are_those_of_one_image(ablation, tmp_path):
+    path = tmp_path / "costs.json"
+    ablation.measure_costs(path, size=24, n_images=2, n_rounds=2, seconds=0)
+    costs = ablation.recorded(path)
+    assert set(costs) == set(ablation.CANDIDATES)
+    # All 576 pixels are chosen: a token is made of 9, 25 or 49 numbers to 32.
+    more = [costs[f"patch_tokens_{n}x{n}"]["multiply_adds"] for n in (3, 5, 7)]
+    assert np.diff(more).tolist() == [576 * 32 * 16, 576 * 32 * 24]
+    parameters = [costs[f"patch_tokens_{n}x{n}"]["parameters"] for n in (3, 5, 7)]
+    assert np.subtract(parameters, costs["default"]["parameters"]).tolist() == [32 * 9, 32 * 25, 32 * 49]
+    rows = ablation.cost_table(costs).splitlines()
+    assert len(rows) == 2 + len(costs) + 2
+    assert re.fullmatch(r"\| `default` \| [\d,]+ \| [\d.]+ \| \d+ \| 1\.00 \|", rows[2])
