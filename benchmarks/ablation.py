@@ -156,6 +156,12 @@ def cheaper_coarse_only(network):
     coarse_only(network)
 
 
+def cheaper_coarse_and_patches(network):
+    """Instead of what that network does not see, the image itself around the chosen pixels."""
+    candidates.every_fourth(network)
+    candidates.patches(5, True, network)
+
+
 def fixed_k(share):
     return {"k_init": share, "k_min": share, "k_max": share}
 
@@ -181,6 +187,7 @@ VARIANTS = {
     "image_query": changed(candidates.image_query),
     "second_layer": changed(candidates.second_layer),
     "cheaper_coarse": changed(candidates.every_fourth, kernel_size=5),
+    "cheaper_coarse_and_patches": changed(cheaper_coarse_and_patches, kernel_size=5),
     "cheaper_coarse_only": changed(cheaper_coarse_only, kernel_size=5),
     "no_contrastive": {"contrastive_weight": 0.0},
     "no_distillation": {"distillation_weight": 0.0},
@@ -229,19 +236,23 @@ VARIANTS = {
 CANDIDATES = (
     *("default", "paper_form", "single_pixel_tokens", "coarse_feature_tokens"),
     *(f"patch_tokens_{n}x{n}" for n in (3, 5, 7)),
-    *("context_and_patch_tokens_5x5", "image_query", "second_layer", "cheaper_coarse", "embed_dim=64"),
+    *("context_and_patch_tokens_5x5", "image_query", "second_layer", "cheaper_coarse"),
+    *("cheaper_coarse_and_patches", "cheaper_coarse_only", "coarse_only", "coarse_only_deep", "embed_dim=64"),
 )
 
 
 def network_of(name, k=2146):
-    """One channel, three classes, in evaluation and all in PyTorch: on the same footing."""
+    """One channel, three classes, in evaluation and all in PyTorch: on the same footing.
+
+    Without a sparse branch the coarse network is all that has to be computed, but for the last layers.
+    """
     variant = VARIANTS.get(name, {})
     form = {key: value for key, value in variant.items() if key != "callbacks"}
     network = SparseAttnNet(1, 3, k, **form)
     for callback in variant.get("callbacks", ()):
         callback.change(network)
     network.compiled = network.coarse.compiled = False
-    return network.eval()
+    return (network.coarse if "coarse_only" in name else network).eval()
 
 
 def measure_costs(path, size=135, n_images=32, n_rounds=9, seconds=0.5):
@@ -254,7 +265,7 @@ def measure_costs(path, size=135, n_images=32, n_rounds=9, seconds=0.5):
             torch.manual_seed(0)
             networks = {name: network_of(name) for name in CANDIDATES}
             rates = in_turns(
-                networks, n_rounds, lambda network: rate(lambda: len(network(images).logits), seconds)
+                networks, n_rounds, lambda network: rate(lambda: len(network(images)[0]), seconds)
             )
             for name, network in networks.items():
                 with FlopCounterMode(display=False) as counter:

@@ -26,6 +26,7 @@ NAMES = [
     "image_query",
     "second_layer",
     "cheaper_coarse",
+    "cheaper_coarse_and_patches",
     "cheaper_coarse_only",
 ]
 
@@ -182,6 +183,10 @@ def test_cheaper_coarse_network_has_a_quarter_of_the_cells(candidate):
     output = network(IMAGES.float().double())
     network.embedding.first.weight.data.zero_()
     assert not torch.equal(network(IMAGES).logits, output.logits)
+    both, _ = candidate("cheaper_coarse_and_patches")
+    before = both(IMAGES).logits
+    both.patches.weight.data.zero_()
+    assert not torch.equal(both(IMAGES).logits, before)
     only, _ = candidate("cheaper_coarse_only")
     before = only(IMAGES).logits
     only.embedding.first.weight.data.zero_()
@@ -206,6 +211,11 @@ def test_costs_of_candidates_are_those_of_one_image(ablation, tmp_path):
     assert np.diff(more).tolist() == [576 * 32 * 16, 576 * 32 * 24]
     parameters = [costs[f"patch_tokens_{n}x{n}"]["parameters"] for n in (3, 5, 7)]
     assert np.subtract(parameters, costs["default"]["parameters"]).tolist() == [32 * 9, 32 * 25, 32 * 49]
+    # Coarse networks alone, 24×24 of one channel: 144, 36 and 9 cells, or 36 and 9.
+    macs = 144 * 9 * 8 + 36 * (72 * 16 + 16)
+    assert costs["coarse_only"]["multiply_adds"] == macs
+    assert costs["coarse_only_deep"]["multiply_adds"] == macs + 9 * 9 * (16 + 24) * 24
+    assert costs["cheaper_coarse_only"]["multiply_adds"] == 36 * 25 * 8 + 9 * (72 * 16 + 16)
     rows = ablation.cost_table(costs).splitlines()
     assert len(rows) == 2 + len(costs) + 2
     assert re.fullmatch(r"\| `default` \| [\d,]+ \| [\d.]+ \| \d+ \| 1\.00 \|", rows[2])
