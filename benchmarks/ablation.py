@@ -6,7 +6,7 @@
     python benchmarks/ablation.py --tables                         # only rewrite the tables of README.md
 
 The harness is that of accuracy.py, and its runs of `sparseattn` are what the variants are held against; those
-of `sparseattn_consistent`, `sparseattn_7x7`, of both, and of these with a layer more are among the variants.
+of its other forms of ours (`OTHERS`) are among the variants.
 Parts are taken out or replaced in the network itself, when its training begins, by `Change`; everything else
 of the fit stays as it is.
 """
@@ -35,6 +35,7 @@ from sklearn_sparseattn.network.selection import turns
 HERE = Path(__file__).resolve().parent
 RESULTS, COSTS, README = HERE / "ablation.json", HERE / "ablation_costs.json", HERE / "README.md"
 OTHERS = (  # of accuracy.py
+    "sparseattn_paper_form",
     "sparseattn_consistent",
     "sparseattn_7x7",
     "sparseattn_consistent_7x7",
