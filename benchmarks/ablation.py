@@ -5,10 +5,9 @@
     python benchmarks/ablation.py --costs                          # what candidates cost; nothing beside it
     python benchmarks/ablation.py --tables                         # only rewrite the tables of README.md
 
-The harness is that of accuracy.py, and its runs of `sparseattn` are what the variants are held against; those
-of its other forms of ours (`OTHERS`) are among the variants.
-Parts are taken out or replaced in the network itself, when its training begins, by `Change`; everything else
-of the fit stays as it is.
+The harness is that of accuracy.py, and its runs of `sparseattn` are what the variants are held against; its
+runs of our other forms (`OTHERS`) are among the variants. Parts are taken out or replaced in the network
+itself, when its training begins, by `Change`; everything else of the fit stays as it is.
 """
 
 import argparse
@@ -63,8 +62,7 @@ class Change(Callback):
         before = set(net.module_.parameters())
         self.change(net.module_)
         new = [weight for weight in net.module_.parameters() if weight not in before]
-        if new:
-            net.optimizer_.param_groups[0]["params"].extend(new)
+        net.optimizer_.param_groups[0]["params"].extend(new)
 
 
 class Nothing(nn.Module):
@@ -243,7 +241,7 @@ CANDIDATES = (
 
 
 def network_of(name, k=2146):
-    """One channel, three classes, in evaluation and all in PyTorch: on the same footing.
+    """One channel, three classes, in evaluation; all but the selection is PyTorch's, on the same footing.
 
     Without a sparse branch the coarse network is all that has to be computed, but for the last layers.
     """
@@ -272,7 +270,7 @@ def measure_costs(path, size=135, n_images=32, n_rounds=9, seconds=0.5):
                 with FlopCounterMode(display=False) as counter:
                     network(images[:1])
                 cost = {
-                    "parameters": sum(p.numel() for p in network.parameters()),
+                    "parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
                     "multiply_adds": counter.get_total_flops() // 2,
                     "images_per_second": rates[name],
                     "machine": machine(),
@@ -283,7 +281,7 @@ def measure_costs(path, size=135, n_images=32, n_rounds=9, seconds=0.5):
 
 
 def cost_table(costs):
-    """By candidate; the rate is the median of the rounds, its ratio that of the round's own default."""
+    """By candidate: the median of the rounds, and the ratios to the round's own default with their range."""
     lines = [
         "| variant | parameters | multiply-adds, M | images/s | against default |",
         "|---|---|---|---|---|",
@@ -291,7 +289,9 @@ def cost_table(costs):
     for name, cost in costs.items():
         rates, default = (np.array(costs[each]["images_per_second"]) for each in (name, "default"))
         figures = f"{cost['parameters']:,} | {cost['multiply_adds'] / 1e6:.1f} | {np.median(rates):.0f}"
-        lines.append(f"| `{name}` | {figures} | {np.median(rates / default):.2f} |")
+        ratios = rates / default
+        span = f"{np.median(ratios):.2f} ({ratios.min():.2f}-{ratios.max():.2f})"
+        lines.append(f"| `{name}` | {figures} | {span} |")
     machines = {
         f"{cost['machine']['processor']}, torch {cost['machine']['torch']}" for cost in costs.values()
     }

@@ -146,7 +146,7 @@ def run_one(data, split, name, estimator_factory):
     if len(fitting) < FEW and isinstance(estimator, Cnn):
         fitting = np.tile(fitting, 8)
     torch.set_num_threads(1)
-    # Of our models only the controls of ablation.py draw from the global generator: pixels at random.
+    # Of our models only those of ablation.py draw from the global generator: random pixels, candidates.
     with threadpool_limits(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         start = time.process_time()

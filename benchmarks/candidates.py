@@ -19,7 +19,7 @@ def single_pixel(network):
     """Position and values of the pixel alone, as in the paper; choice and gates as they are."""
     for convolve in network.context.convolve:
         nn.init.zeros_(convolve[1].weight)
-        convolve[1].weight.requires_grad_(False)
+    network.context.requires_grad_(False)
 
 
 def coarse_features(network):

@@ -255,8 +255,9 @@ def changed_network(load_benchmark):
     def change(name, k=20, **options):
         network = SparseAttnNet(2, 3, k, **options).eval()
         network.reset_parameters(torch.Generator().manual_seed(0))
+        optimizer = SimpleNamespace(param_groups=[{"params": []}])
         for callback in load_benchmark("ablation").VARIANTS[name]["callbacks"]:
-            callback.on_train_begin(SimpleNamespace(module_=network))
+            callback.on_train_begin(SimpleNamespace(module_=network, optimizer_=optimizer))
         return network
 
     return change
