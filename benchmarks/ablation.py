@@ -240,14 +240,14 @@ CANDIDATES = (
 )
 
 
-def network_of(name, k=2146):
+def network_of(name):
     """One channel, three classes, in evaluation; all but the selection is PyTorch's, on the same footing.
 
     Without a sparse branch the coarse network is all that has to be computed, but for the last layers.
     """
     variant = VARIANTS.get(name, {})
     form = {key: value for key, value in variant.items() if key != "callbacks"}
-    network = SparseAttnNet(1, 3, k, **form)
+    network = SparseAttnNet(1, 3, 2146, **form)
     for callback in variant.get("callbacks", ()):
         callback.change(network)
     network.compiled = network.coarse.compiled = False
@@ -292,10 +292,7 @@ def cost_table(costs):
         ratios = rates / default
         span = f"{np.median(ratios):.2f} ({ratios.min():.2f}-{ratios.max():.2f})"
         lines.append(f"| `{name}` | {figures} | {span} |")
-    machines = {
-        f"{cost['machine']['processor']}, torch {cost['machine']['torch']}" for cost in costs.values()
-    }
-    return "\n".join([*lines, "", f"Machine: {'; '.join(sorted(machines))}; one thread."])
+    return "\n".join([*lines, "", accuracy.where(costs)])
 
 
 # ---- tables ----
@@ -345,13 +342,11 @@ def main(arguments=None):
     parser.add_argument("--tables", action="store_true", help="measure nothing")
     options = parser.parse_args(arguments)
     models = {name: ours(**VARIANTS[name]) for name in options.variants}
+    well = True
     if options.costs:
         measure_costs(COSTS)
-    well = (
-        options.tables
-        or options.costs
-        or measure_all(RESULTS, models, options.data, options.seeds, options.jobs)
-    )
+    elif not options.tables:
+        well = measure_all(RESULTS, models, options.data, options.seeds, options.jobs)
     put_into(README, "ablation", tables(recorded(RESULTS), recorded(accuracy.RESULTS)))
     if costs := recorded(COSTS):
         put_into(README, "candidates", cost_table(costs))
