@@ -1,14 +1,11 @@
 """What the benchmarks compute beside their measuring: intervals, results in a file, splits, one tiny run."""
 
 import copy
-import importlib.util
 import json
 import re
-import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,35 +14,6 @@ import torch
 from scipy.stats import ttest_rel
 
 from sklearn_sparseattn.network import SparseAttnNet
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-SHARED = (
-    "report",
-    "data_sets",
-    "peers",
-    "accuracy",
-    "candidates",
-)  # what the scripts import from beside them
-
-
-@pytest.fixture
-def load_benchmark(monkeypatch):
-    """Import a script by its path, as `python benchmarks/name.py` does, where it finds its neighbours."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in SHARED:
-        # Set, then deleted, so that what a test imports is gone after it.
-        monkeypatch.setitem(sys.modules, name, None)
-        monkeypatch.delitem(sys.modules, name)
-
-    def load(name):
-        if name in SHARED:
-            return importlib.import_module(name)
-        spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 @pytest.fixture

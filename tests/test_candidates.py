@@ -1,10 +1,7 @@
 """Other forms of the sparse branch, which the ablation holds against the default, by their definitions."""
 
 import copy
-import importlib
 import re
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +10,6 @@ import torch
 
 from sklearn_sparseattn import SparseAttnClassifier
 from sklearn_sparseattn.network import SparseAttnNet
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-SCRIPTS = ("report", "data_sets", "peers", "accuracy", "candidates", "timing", "ablation")
 
 IMAGES = torch.rand(3, 2, 24, 20, generator=torch.Generator().manual_seed(1)).double()
 NAMES = [
@@ -32,13 +26,8 @@ NAMES = [
 
 
 @pytest.fixture
-def ablation(monkeypatch):
-    """The script, imported where it finds its neighbours; all of them are gone after the test."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in SCRIPTS:
-        monkeypatch.setitem(sys.modules, name, None)
-        monkeypatch.delitem(sys.modules, name)
-    return importlib.import_module("ablation")
+def ablation(load_benchmark):
+    return load_benchmark("ablation")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import importlib
 import mmap
 import re
 import sys
@@ -17,21 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from sklearn_sparseattn.images import PixelScale
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-SCRIPTS = (
-    *("report", "timing", "data_sets", "peers", "accuracy", "runtimes", "ours", "memory_use", "gpu"),
-    *("efficiency_tables", "efficiency", "scaling"),
-)
 
 
-@pytest.fixture
-def load_benchmark(monkeypatch):
-    """Import a script where it finds its neighbours; all of them are gone after the test."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in SCRIPTS:
-        monkeypatch.setitem(sys.modules, name, None)
-        monkeypatch.delitem(sys.modules, name)
+@pytest.fixture(autouse=True)
+def keep_threads():
+    """Some scripts set PyTorch's threads."""
     n_threads = torch.get_num_threads()
-    yield importlib.import_module
+    yield
     torch.set_num_threads(n_threads)
 
 

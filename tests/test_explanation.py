@@ -1,9 +1,5 @@
 """The measures of benchmarks/explanation.py, on maps and models whose answers are known."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -13,23 +9,10 @@ from sklearn_sparseattn import SparseAttnClassifier
 from sklearn_sparseattn.datasets import make_cells
 from sklearn_sparseattn.images import PixelScale
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-SCRIPTS = ("attributions", "explanation", "explanation_data", "accuracy", "data_sets", "peers", "report")
-
 
 @pytest.fixture
-def load(monkeypatch):
-    """Import a script as its neighbours do; what is imported is gone after the test."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in SCRIPTS:
-        monkeypatch.setitem(sys.modules, name, None)
-        monkeypatch.delitem(sys.modules, name)
-    return importlib.import_module
-
-
-@pytest.fixture
-def attributions(load):
-    return load("attributions")
+def attributions(load_benchmark):
+    return load_benchmark("attributions")
 
 
 @pytest.fixture(scope="module")
@@ -249,9 +232,9 @@ def test_evidence_is_what_the_estimator_gives_and_that_of_the_tokens_is_its_part
     assert "occlusion" not in quick
 
 
-def test_images_with_the_answer_of_an_empty_slide_are_told(load):
+def test_images_with_the_answer_of_an_empty_slide_are_told(load_benchmark):
     """A model of brightness: the first image is as its background, the other two are brighter or darker."""
-    explanation = load("explanation")
+    explanation = load_benchmark("explanation")
     images = np.full((3, 8, 8), 100, dtype=np.uint8)
     images[1:, 2:6, 2:6] = np.array([250, 3])[:, None, None]
 
@@ -279,9 +262,9 @@ def test_images_with_the_answer_of_an_empty_slide_are_told(load):
     assert none["insertion"] == 0
 
 
-def test_run_and_table(load, monkeypatch, tmp_path, fitted):
+def test_run_and_table(load_benchmark, monkeypatch, tmp_path, fitted):
     """One run from end to end, and the table made of it."""
-    explanation = load("explanation")
+    explanation = load_benchmark("explanation")
     cells = make_cells(3, image_size=32, return_masks=True, random_state=1)
     monkeypatch.setattr(explanation, "fitted", lambda *job: fitted[0])
     monkeypatch.setattr(explanation, "tested", lambda *job: (cells.images, cells.target, cells.masks))
