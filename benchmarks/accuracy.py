@@ -1,36 +1,39 @@
 """Is it as accurate as the networks it replaces? Ours and the peers on the same images, splits and turns.
 
     python benchmarks/accuracy.py                                  # all that accuracy.json does not hold yet
-    python benchmarks/accuracy.py --models sparseattn,mobilenetv2 --data pbc5,jurkat --seeds 3 --jobs 2
+    python benchmarks/accuracy.py --models tiles,twin --data pbc5_few,event --seeds 10 --jobs 2
     python benchmarks/accuracy.py --tables                         # only rewrite the tables of README.md
 
 A run is a data set, a model and a split. Results are written as they come: a run that was stopped is taken
-up again, and several invocations may run side by side. ResNet50 and MobileNetV2 need the extra `benchmarks`.
+up again, and several invocations may run side by side. Without `--models` ours and the dense twins are run;
+the other peers, whose figures are there, only if they are named. ResNet50 and MobileNetV2 need the extra
+`benchmarks`.
 """
 
 import argparse
 import sys
 import time
 import traceback
-from functools import partial
 from pathlib import Path
 
 import data_sets
 import numpy as np
 import torch
 from joblib import Parallel, delayed, parallel_config
-from peers import PEERS, Cnn
+from ours import SHARES
+from peers import PEERS, TWINS, Cnn
 from report import machine, paired_interval, put_into, record, recorded
-from sklearn.ensemble import VotingClassifier
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_recall_fscore_support
 from sklearn.model_selection import train_test_split
 from threadpoolctl import threadpool_limits
 
 from sklearn_sparseattn import SparseAttnClassifier
+from sklearn_sparseattn.training.counts import resolve_bounds
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "accuracy.json", HERE / "README.md"
-# A peer sees each of so few rows eight times an epoch: ten epochs of five batches would end it at chance.
+# A CNN that stops early sees each of so few rows eight times an epoch: ten epochs of five batches would end
+# it at chance. Ours and the dense twins run through their cycle whatever the number of rows.
 FEW = 500
 
 
@@ -44,47 +47,11 @@ def ours(**params):
     return make
 
 
-class Vote:
-    """Some fits of ours, alike but for their random state, and scikit-learn's mean of their probabilities."""
-
-    def __init__(self, n_fits, *, random_state, **params):
-        self.n_fits = n_fits
-        self.random_state = random_state
-        self.params = params
-
-    def fit(self, X, y, X_val, y_val):
-        """Train each; as ours has no use for validation rows, they are left alone."""
-        seeds = [self.random_state + 1000 * i for i in range(self.n_fits)]  # 1000: no split has that number
-        fits = [(f"seed{seed}", SparseAttnClassifier(random_state=seed, **self.params)) for seed in seeds]
-        self.model_ = VotingClassifier(fits, voting="soft").fit(X, y)
-        members = self.model_.estimators_
-        self.n_iter_ = members[0].n_iter_
-        self.n_parameters_ = sum(p.numel() for fit in members for p in fit.network_.parameters())
-        return self
-
-    def predict_proba(self, X):
-        """Probabilities, (n, n_classes)."""
-        return self.model_.predict_proba(X)
-
-    def accuracies(self, X, y):
-        """Accuracy of each fit by itself: they show what the random state alone does."""
-        return [float(accuracy_score(y, fit.predict(X))) for fit in self.model_.estimators_]
-
-
-OURS = {
-    "sparseattn": ours(),
-    "sparseattn_paper_form": ours(variant="paper", focal_gamma=2.0),
-    "sparseattn_consistent": ours(consistency_weight=1.0, gate_init=0.88),
-    "sparseattn_7x7": ours(kernel_size=7),
-    "sparseattn_consistent_7x7": ours(consistency_weight=1.0, gate_init=0.88, kernel_size=7),
-    "sparseattn_deep_7x7": ours(depth=3, kernel_size=7),
-    "sparseattn_consistent_deep_7x7": ours(consistency_weight=1.0, gate_init=0.88, depth=3, kernel_size=7),
-    "sparseattn_consistent_deep_7x7_long": ours(
-        consistency_weight=1.0, gate_init=0.88, depth=3, kernel_size=7, max_epochs=120
-    ),
-    "sparseattn_vote": partial(Vote, 3),
-}
+OURS = {"tiles": ours()}
+# The default of commit 87ba256. Its runs are kept, to be compared with; it cannot be run any more.
+FORMER = "sparseattn"
 MODELS = {**OURS, **PEERS}
+NAMES = {FORMER: "former default (87ba256)"}  # in the tables
 
 # Fits of a peer that went astray; its difference is shown once more without them, in its favour.
 ASTRAY = {("pbc5", "resnet50"): ("seed4", "seed6", "seed8")}
@@ -115,15 +82,39 @@ def scores(probabilities, target):
 
 
 def describe(estimator):
-    """The final k and its share where there is one, parameters where they can be counted, epochs."""
+    """The final k, its share and whether it is at a bound where there is one, parameters, epochs."""
     found = {"epochs": estimator.n_iter_}
     if hasattr(estimator, "k_"):
-        height, width, _ = estimator.image_shape_
-        found |= {"k": int(estimator.k_), "share": estimator.k_ / (height * width)}
+        n_pixels = np.prod(estimator.image_shape_[:2])
+        found |= {
+            "k": int(estimator.k_),
+            "share": float(estimator.k_ / n_pixels),
+            "at_bound": is_at_bound(estimator),
+        }
         found["parameters"] = sum(p.numel() for p in estimator.network_.parameters())
     else:
         found["parameters"] = estimator.n_parameters_
     return {name: value for name, value in found.items() if value is not None}
+
+
+def is_at_bound(estimator):
+    """Whether as many tiles are chosen as one of the estimator's bounds on k would choose."""
+    network, (height, width, _) = estimator.network_, estimator.image_shape_
+    bounds = resolve_bounds(estimator.k_min, estimator.k_max, network.area_of(height, width))
+    n_tiles = int(np.prod(network.grid_of(height, width)))
+    return network.n_chosen(n_tiles) in [network.n_chosen(n_tiles, bound) for bound in bounds]
+
+
+def at_other_k(estimator, X, target):
+    """Accuracy of the same fit with half and twice its k, with all pixels, and by share of the pixels."""
+    others = {"half_k": max(1, estimator.k_ // 2), "twice_k": 2 * estimator.k_, "all": 1.0}
+    others |= {f"share_{share:.3g}": share for share in SHARES if share < 1}
+    found = {}
+    for name, k in others.items():
+        predicted = estimator.set_params(predict_k=k).predict(X)
+        found[f"accuracy_{name}"] = float(accuracy_score(target, predicted))
+    estimator.set_params(predict_k=None)
+    return found
 
 
 def run_one(data, split, name, estimator_factory):
@@ -146,7 +137,7 @@ def run_one(data, split, name, estimator_factory):
     if len(fitting) < FEW and isinstance(estimator, Cnn):
         fitting = np.tile(fitting, 8)
     torch.set_num_threads(1)
-    # Of our models only those of ablation.py draw from the global generator: random pixels, candidates.
+    # Of our models only those of ablation.py draw from the global generator: random tiles, new layers.
     with threadpool_limits(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         start = time.process_time()
@@ -154,15 +145,15 @@ def run_one(data, split, name, estimator_factory):
         fitted = time.process_time()
         probabilities = estimator.predict_proba(images[test])
         predicted = time.process_time()
-    members = {}
-    if isinstance(estimator, Vote):
-        members = {"members": estimator.accuracies(images[test], target[test])}
+        others = {}
+        if hasattr(estimator, "k_"):
+            others = at_other_k(estimator, images[test], target[test])
     return {
         "data": data,
         "model": name,
         "split": split,
         **scores(probabilities, target[test]),
-        **members,
+        **others,
         **describe(estimator),
         "fit_seconds": fitted - start,
         "images_per_second": len(test) / (predicted - fitted),
@@ -236,10 +227,14 @@ def seconds(runs):
     return f"{np.mean(values):.0f} s" if np.mean(values) < 600 else f"{np.mean(values) / 60:.0f} min"
 
 
+def name_of(model):
+    return NAMES.get(model, f"`{model}`")
+
+
 def model_row(model, runs):
     parameters = f"{runs[0]['parameters']:,}" if "parameters" in runs[0] else "-"
     columns = [
-        f"`{model}`",
+        name_of(model),
         str(len(runs)),
         *(spread(runs, column) for column in ("accuracy", "macro_f1", "balanced_accuracy")),
         spread(runs, "ece", factor=1, digits=3),
@@ -280,9 +275,34 @@ def difference(a, b, column):
     pairs = [[100 * runs[split][column] for split in common] for runs in (a, b)]
     mean, low, high = paired_interval(*pairs)
     if np.isnan(low):
-        return f"{mean:+.2f}", "one run"
+        return interval(mean, low, high), "one run"
     verdict = "inside the noise" if low <= 0 <= high else "better" if mean > 0 else "worse"
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", verdict
+    return interval(mean, low, high), verdict
+
+
+def k_table(results, model):
+    """By data set: the k that a model's fits ended with, and their accuracies at other k against that."""
+    lines = [
+        "| images | n | k, % of the image | range | fits at a bound | all pixels against k, points "
+        "| twice k | half k |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for data in data_sets.TITLES:
+        runs = list(runs_of(results, data, model).values())
+        if not runs:
+            continue
+        shares = [100 * run["share"] for run in runs]
+        columns = [str(len(runs)), spread(runs, "share"), f"{min(shares):.1f}-{max(shares):.1f}"]
+        columns.append(str(sum(run["at_bound"] for run in runs)))
+        for other in ("all", "twice_k", "half_k"):
+            pairs = [[100 * run[name] for run in runs] for name in (f"accuracy_{other}", "accuracy")]
+            columns.append(interval(*paired_interval(*pairs)))
+        lines.append(f"| {data} | {' | '.join(columns)} |")
+    return "\n".join(lines if len(lines) > 2 else ["Not measured yet."])
+
+
+def interval(mean, low, high):
+    return f"{mean:+.2f}" if np.isnan(low) else f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def difference_table(results, first, others):
@@ -295,23 +315,24 @@ def difference_table(results, first, others):
         for a, b in [(a, b) for a in first for b in others]:
             ours, theirs = (runs_of(results, data, model) for model in (a, b))
             astray = sorted(theirs.keys() & set(ASTRAY.get((data, b), ())))
-            against = {f"`{b}`": theirs}
+            against = {name_of(b): theirs}
             if astray:
                 rest = {split: run for split, run in theirs.items() if split not in astray}
-                against[f"`{b}` without {', '.join(astray)}"] = rest
+                against[f"{name_of(b)} without {', '.join(astray)}"] = rest
             for label, runs in against.items():
                 if n := len(ours.keys() & runs.keys()):
                     columns = [*difference(ours, runs, "accuracy"), *difference(ours, runs, "macro_f1")]
-                    lines.append(f"| {data} | `{a}` | {label} | {n} | {' | '.join(columns)} |")
-    return "\n".join(lines)
+                    lines.append(f"| {data} | {name_of(a)} | {label} | {n} | {' | '.join(columns)} |")
+    return "\n".join(lines if len(lines) > 2 else ["Not measured yet."])
 
 
 def write_tables(path, document):
     results = recorded(path)
     hours = sum(run["fit_seconds"] for run in results.values() if run["model"] in PEERS) / 3600
     took = f"The peers' fits took {hours:.1f} h in all."
-    put_into(document, "accuracy", f"{score_tables(results, MODELS)} {took}")
-    put_into(document, "differences", difference_table(results, OURS, PEERS))
+    put_into(document, "accuracy", f"{score_tables(results, [*OURS, FORMER, *PEERS])} {took}")
+    put_into(document, "differences", difference_table(results, OURS, [FORMER, *PEERS]))
+    put_into(document, "k", k_table(results, "tiles"))
 
 
 def names_of(known):
@@ -328,7 +349,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", type=names_of(MODELS), default=list(MODELS))
+    parser.add_argument("--models", type=names_of(MODELS), default=[*OURS, *TWINS])
     parser.add_argument("--data", type=names_of(data_sets.DATA_SETS), default=list(data_sets.DATA_SETS))
     parser.add_argument("--seeds", type=int, default=5, help="how many splits of each data set, at most 30")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")

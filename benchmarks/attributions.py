@@ -133,14 +133,11 @@ def scaled(scale, images):
 
 
 class OursLogits(nn.Module):
-    """Logits alone; differentiable, so nothing compiled."""
+    """A copy in PyTorch that gives logits alone."""
 
     def __init__(self, network):
         super().__init__()
         self.network = copy.deepcopy(network).eval()
-        for module in self.network.modules():
-            if hasattr(module, "compiled"):
-                module.compiled = False
 
     def forward(self, images):
         """(B, C, H, W) -> (B, n_classes)."""
@@ -150,39 +147,52 @@ class OursLogits(nn.Module):
 class Parts(NamedTuple):
     """A pass of SparseAttnNet, taken apart."""
 
-    scores: torch.Tensor  # (B, H, W)
-    pixels: torch.Tensor  # (B, k)
-    hidden: torch.Tensor  # (B, k, D), of the tokens
+    scores: torch.Tensor  # (B, rows, columns)
+    tiles: torch.Tensor  # (B, n)
+    tokens: torch.Tensor  # (B, n, D)
     z_coarse: torch.Tensor  # (B, F)
 
 
 @torch.no_grad()
 def take_apart(network, inputs):
     scores, z_coarse, maps = network.coarse.look(inputs)
-    pixels = network.choose(inputs, scores)
-    return Parts(scores, pixels, network.hidden_tokens(inputs, pixels, scores, maps), z_coarse)
+    tiles = network.choose(inputs, scores)
+    return Parts(scores, tiles, network.tile_tokens(scores, maps, tiles), z_coarse)
 
 
-def answer(network, z_fine, z_coarse):
+def pooled(network, tokens):
+    """What the classifier is given of the tokens: their attention-weighted sum, normed, and their maximum."""
+    z_fine = network.fine.attend(tokens, network.tokens.out)[0]
+    return torch.cat([network.fine_norm(z_fine), tokens.amax(1)], dim=1)
+
+
+def answer(network, of_tokens, z_coarse):
     """Logits of the two halves of the fused features."""
-    return network.fusion(torch.cat([network.fine_norm(z_fine), z_coarse], dim=1))
+    return network.fusion(torch.cat([of_tokens, z_coarse], dim=1))
+
+
+def sum_by_tile(maps, tile):
+    """(n, H, W) -> (n, tiles), in raster order."""
+    _, height, width = maps.shape
+    padded = np.pad(maps, ((0, 0), (0, -height % tile), (0, -width % tile)))
+    n, height, width = padded.shape
+    return padded.reshape(n, height // tile, tile, width // tile, tile).sum(axis=(2, 4)).reshape(n, -1)
 
 
 def without_tokens(network, parts, maps, labels, share=0.1):
     """Probability of the label when a share of the tokens is dropped, those of the highest values, (B,)."""
-    values = torch.from_numpy(np.ascontiguousarray(maps)).flatten(1).gather(1, parts.pixels)
+    values = torch.from_numpy(sum_by_tile(maps, network.tile)).gather(1, parts.tiles)
     kept = values.argsort(1, descending=True)[:, round(share * values.shape[1]) :]
-    hidden = parts.hidden.gather(1, kept.unsqueeze(-1).expand(-1, -1, parts.hidden.shape[2]))
+    tokens = parts.tokens.gather(1, kept.unsqueeze(-1).expand(-1, -1, parts.tokens.shape[2]))
     with torch.no_grad():
-        z_fine = network.fine.attend(hidden, network.embedding.out)[0]
-        return answer(network, z_fine, parts.z_coarse).softmax(1).gather(1, labels[:, None])[:, 0].numpy()
+        logits = answer(network, pooled(network, tokens), parts.z_coarse)
+        return logits.softmax(1).gather(1, labels[:, None])[:, 0].numpy()
 
 
 def paths(network, parts, target):
     """Accuracy without one half of the fused features, which is put to its mean over the images."""
     with torch.no_grad():
-        z_fine = network.fine.attend(parts.hidden, network.embedding.out)[0]
-        halves = {"tokens": z_fine, "pooled": parts.z_coarse}
+        halves = {"tokens": pooled(network, parts.tokens), "pooled": parts.z_coarse}
         found = {}
         for name, half in halves.items():
             logits = answer(network, *(halves | {name: half.mean(0, keepdim=True).expand_as(half)}).values())
@@ -208,11 +218,9 @@ def maps_of_ours(estimator, images, labels, *, quick=False):
     """Maps by name; with `quick` those alone that the estimator gives."""
     found = estimator.attention_maps(images)
     evidence_maps = estimator.evidence_maps(images, estimator.classes_[labels])
-    chosen = np.zeros_like(found.fine).reshape(len(images), -1)
-    np.put_along_axis(chosen, found.pixels, 1, axis=1)
     maps = {
         "fine attention": found.fine,
-        "chosen pixels": chosen.reshape(found.fine.shape),
+        "chosen pixels": found.chosen.astype(float),
         "coarse attention": found.coarse,
         "contribution, absolute": np.abs(found.contribution),
         "evidence": evidence_maps,
@@ -240,7 +248,7 @@ def maps_of_ours(estimator, images, labels, *, quick=False):
 
 
 def spread_out(maps, sigma=5.0):
-    """Each map blurred: what a token of the defaults knows comes from about 15×15 pixels."""
+    """Each map blurred: what a token begins with comes from about 15×15 pixels."""
     return np.stack([gaussian_filter(one, sigma) for one in maps])
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
-from sklearn_sparseattn.datasets import load_image_folder, make_cells
+from sklearn_sparseattn.datasets import load_image_folder, make_cells, make_fields
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("SPARSEATTN_DATA", HERE.parent.parent / "shared" / "data"))
 N_SPLITS = 30  # of each data set; the first five go through all rows, or donors, where they are folds
 N_MORE = 4000  # generated cells that only serve to score
+N_FIELDS = (1000, 500)  # fields that are split, and those that only serve to score
 N_LABELLED = 30  # training cells a class, where labels are few
 TEST_DONORS = (1, 2, 3, 5, 6)  # those of the literature; donor 4 is always among the training rows
 
@@ -97,6 +98,15 @@ def generated(modality, image_size=64):
     return images, target, [(name, train, np.append(test, only_scored)) for name, train, test in splits]
 
 
+def fields(image_size=256):
+    """Fields of many cells, of which one decides the class; half as many more to score on."""
+    parts = [make_fields(n, image_size=image_size, random_state=i) for i, n in enumerate(N_FIELDS)]
+    images, target = (np.concatenate([part[key] for part in parts]) for key in ("images", "target"))
+    only_scored = np.arange(N_FIELDS[0], len(target))
+    splits = random_splits(parts[0].target)
+    return images, target, [(name, train, np.append(test, only_scored)) for name, train, test in splits]
+
+
 DATA_SETS = {
     "pbc5": partial(pbc5, 64),
     "pbc5_few": partial(few_labels, partial(pbc5, 64)),
@@ -109,6 +119,7 @@ DATA_SETS = {
     "hologram": partial(generated, "hologram", 96),  # fewer pixels hold too few fringes
     "event": partial(generated, "event"),
     "brightfield": partial(generated, "brightfield"),
+    "fields": fields,
 }
 
 TITLES = {
@@ -123,6 +134,7 @@ TITLES = {
     "hologram": "generated, hologram (3 classes, 96×96)",
     "event": "generated, event (2 classes, 64×64)",
     "brightfield": "generated, brightfield (5 classes, 64×64 RGB)",
+    "fields": "generated, fields of many cells of which one decides (3 classes, 256×256)",
 }
 
 

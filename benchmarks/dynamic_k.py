@@ -1,116 +1,72 @@
-"""Where the constants of DynamicK take k, on simulated courses of the loss.
+"""Does k find the same place wherever it starts? Two tasks in which whole cells count, two rules, two starts.
 
-    python benchmarks/dynamic_k.py    # writes dynamic_k.json and the table in benchmarks/README.md
+    python benchmarks/dynamic_k.py              # all that dynamic_k.json does not hold yet
+    python benchmarks/dynamic_k.py --tables     # only rewrite the table of README.md
 
-Losses are a smooth course times (1 + noise): falling exponentially over the whole fit, flat from the start,
-or falling and then flat. k starts at 8000/18225 of the image.
+The harness is that of accuracy.py, whose runs of `tiles` are k by worth from 44 % of the image, the default.
 """
 
-import json
+import argparse
+import sys
 from pathlib import Path
 
+import accuracy
 import numpy as np
-from report import machine, put_into
-
-from sklearn_sparseattn.training.dynamic_k import (
-    EMA_DECAY,
-    GROW,
-    K_MAX,
-    K_MIN,
-    MOMENTUM,
-    SHRINK,
-    DynamicK,
-    next_k,
-)
+from ablation import published_rule
+from accuracy import interval, measure_all, ours, runs_of, spread
+from report import paired_interval, put_into, recorded
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "dynamic_k.json", HERE / "README.md"
-N_PIXELS = 135 * 135
-K_INIT = 8000
-N_RUNS = 200
-SEED = 0
-
-PAPER = DynamicK.paper()
-PUBLISHED = (PAPER.shrink / N_PIXELS, PAPER.grow / N_PIXELS, PAPER.ema_decay)
-# shrink, grow (shares of the image), ema_decay
-CONSTANTS = [
-    (SHRINK, GROW, EMA_DECAY),
-    (SHRINK, GROW, 0.5),
-    (SHRINK, GROW, 0.9),
-    (0.025, 0.035, EMA_DECAY),
-    (SHRINK, SHRINK, EMA_DECAY),
-    PUBLISHED,
-]
-
-
-def course(n_falling, tau, n_flat=0, floor=0.1):
-    t = np.minimum(np.arange(n_falling + n_flat), n_falling - 1)
-    return floor + (1 - floor) * np.exp(-t / tau)
-
-
-# name -> course of the loss, relative noise; the last is seen batch by batch, the rest epoch by epoch
-COURSES = {
-    "falling, 15 epochs": (course(15, 7), 0.03),
-    "falling, 30 epochs": (course(30, 10), 0.03),
-    "falling, 60 epochs, noisy": (course(60, 20), 0.06),
-    "flat, 60 epochs": (np.ones(60), 0.03),
-    "falling for 20, flat for 40": (course(20, 7, 40), 0.03),
-    "falling, 1000 batches, noisy": (course(1000, 300), 0.2),
+DATA = ("opd", "jurkat")
+MODELS = {
+    "worth, from 5%": ours(k_init=0.05),
+    "published, from 44%": ours(callbacks=[published_rule()]),
+    "published, from 5%": ours(callbacks=[published_rule()], k_init=0.05),
 }
+PAIRS = {"worth": ("tiles", "worth, from 5%"), "published": ("published, from 44%", "published, from 5%")}
 
 
-def final_share(losses, shrink, grow, ema_decay):
-    k, ema = float(K_INIT), losses[0]
-    for loss in losses[1:]:
-        k, ema = next_k(
-            k,
-            loss,
-            ema,
-            k_min=K_MIN * N_PIXELS,
-            k_max=K_MAX * N_PIXELS,
-            shrink=shrink * N_PIXELS,
-            grow=grow * N_PIXELS,
-            ema_decay=ema_decay,
-            momentum=MOMENTUM,
-        )
-    return k / N_PIXELS
+def row(data, rule, high, low):
+    """Final k and accuracies of both starts; the factor between them, and the difference, by split."""
+    common = sorted(high.keys() & low.keys())
+    runs = [[found[split] for split in common] for found in (high, low)]
+    shares = np.array([[run["share"] for run in found] for found in runs])
+    factors = np.exp(np.abs(np.log(shares[0] / shares[1])))
+    pairs = [[100 * run["accuracy"] for run in found] for found in runs]
+    columns = [str(len(common)), *(spread(found, "share") for found in runs)]
+    columns += [f"{factors.mean():.2f} (at most {factors.max():.2f})"]
+    columns += [spread(found, "accuracy") for found in runs]
+    return f"| {data} | {rule} | {' | '.join(columns)} | {interval(*paired_interval(*pairs))} |"
 
 
-def measure():
-    rows = []
-    for constants in CONSTANTS:
-        for name, (smooth, noise) in COURSES.items():
-            rng = np.random.default_rng(SEED)
-            shares = [
-                final_share(smooth * (1 + noise * rng.standard_normal(len(smooth))), *constants)
-                for _ in range(N_RUNS)
-            ]
-            low, median, high = np.quantile(shares, [0.1, 0.5, 0.9])
-            rows.append({"constants": constants, "course": name, "k": [low, median, high]})
-    return {"seed": SEED, "runs": N_RUNS, "machine": machine(), "rows": rows}
-
-
-def table(results):
+def table(results, results_of_default):
     lines = [
-        "| shrink | grow | ema_decay | " + " | ".join(COURSES) + " |",
-        "|---" * (3 + len(COURSES)) + "|",
+        "| images | rule | n | k from 44 %, % of the image | k from 5 % | factor between them "
+        "| accuracy from 44 %, % | from 5 % | difference, points |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for constants in CONSTANTS:
-        shrink, grow, ema_decay = constants
-        label = f"{shrink:.3g} | {grow:.3g} | {ema_decay:g}"
-        if constants == CONSTANTS[0]:
-            label = " | ".join(f"**{part}**" for part in label.split(" | "))
-        cells = [
-            "{1:.0%} ({0:.0%}-{2:.0%})".format(*row["k"])
-            for row in results["rows"]
-            if tuple(row["constants"]) == constants
-        ]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    everything = results_of_default | results
+    for data in DATA:
+        for rule, pair in PAIRS.items():
+            high, low = (runs_of(everything, data, model) for model in pair)
+            if high.keys() & low.keys():
+                lines.append(row(data, rule, high, low))
+    return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="how many splits of each data set, at most 30")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--tables", action="store_true", help="measure nothing")
+    options = parser.parse_args(arguments)
+    well = options.tables or measure_all(RESULTS, MODELS, DATA, options.seeds, options.jobs)
+    put_into(README, "dynamic_k", table(recorded(RESULTS), recorded(accuracy.RESULTS)))
+    return 0 if well else 1
 
 
 if __name__ == "__main__":
-    found = measure()
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    put_into(README, "dynamic_k", table(found))
-    print(table(found))
+    sys.exit(main())

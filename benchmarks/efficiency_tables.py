@@ -1,13 +1,15 @@
-"""The tables of efficiency.py: Markdown from the results, and from nothing else."""
+"""The tables of efficiency.py, and its figure: from the results, and from nothing else."""
 
 import numpy as np
-from ours import OURS
+from accuracy import runs_of
+from ours import MAIN, SHARES, label
+from peers import TWINS
 
-# What is to be reached: throughput as ratios, by peer and precision; latency as a share of the peer's.
-LEAST_TIMES = {("mobilenetv2", "fp32"): 6.4, ("resnet50", "fp32"): 29.6}
-LEAST_TIMES_BF16 = {"mobilenetv2/openvino_bf16": 3.0}
-MOST_SHARE_OF_P50 = {"mobilenetv2": 0.5}
-MOST_P99_TO_P50 = 3.0
+MAIN_KEY = f"tiles/{label(MAIN)}"
+
+# What is to be reached with all threads: throughput as ratios, by peer and precision; p50 in seconds.
+LEAST_TIMES = {("mobilenetv2", "fp32"): 25.0, ("twin", "fp32"): 2.0, ("twin", "bf16"): 1.0}
+MOST_P50 = 0.25e-3
 MOST_DIFFERENCE = 1e-5
 
 
@@ -21,37 +23,29 @@ def fastest(contestants, model, precisions=("fp32", "bf16")):
     return max(keys, key=lambda key: speed(contestants[key]), default=None)
 
 
-def quickest(results, model, precisions=("fp32", "bf16")):
-    """Key of a model's contestant with the least p50 of single calls, None if there is none."""
-    calls, contestants = results.get("latency", {}).get("calls", {}), results["throughput"]["contestants"]
-    keys = [
-        key
-        for key in calls
-        if key in contestants
-        and contestants[key]["model"] == model
-        and contestants[key]["precision"] in precisions
-    ]
-    return min(keys, key=lambda key: calls[key]["p50"], default=None)
-
-
 def ratio(ours, peer):
     """Ours to the peer: median of the rounds' ratios, the smallest and the greatest."""
     ratios = np.divide(ours, peer)
     return float(np.median(ratios)), float(ratios.min()), float(ratios.max())
 
 
-def throughput_table(results, ours):
-    """Every contestant, slowest first; the ratio is that of `ours` to it."""
-    contestants = results["throughput"]["contestants"]
-    calls = results.get("latency", {}).get("calls", {})
+def numbers_of_threads(results):
+    return sorted(int(key.split("/")[1]) for key in results if key.startswith("throughput/"))
+
+
+def throughput_table(results, threads):
+    """Every contestant, slowest first; the ratio is that of ours at 8.2 % to it."""
+    contestants = results[f"throughput/{threads}"]["contestants"]
+    calls = results.get(f"latency/{threads}", {}).get("calls", {})
+    heading = "one thread" if threads == 1 else f"{threads} threads"
     lines = [
         "",
-        f"| model | runtime | precision | batch × streams | images/s | `{ours}` is faster by "
+        f"| {heading} | runtime | precision | batch × streams | images/s | `{MAIN_KEY}` is faster by "
         "| one image, p50 | p99 |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for key, run in sorted(contestants.items(), key=lambda item: speed(item[1])):
-        times, low, high = ratio(contestants[ours]["rates"], run["rates"])
+        times, low, high = ratio(contestants[MAIN_KEY]["rates"], run["rates"])
         setting = f"{run['batch']} × {run['streams']}" if "batch" in run else "its own"
         quantiles = [f"{1e3 * calls[key][q]:.2f} ms" if key in calls else "-" for q in ("p50", "p99")]
         lines.append(
@@ -61,20 +55,26 @@ def throughput_table(results, ours):
     return lines
 
 
-# ---- what is to be reached ----
-
-
-def summary(results, ours):
-    """Throughput and latency against the fastest of each peer, and what is to be reached."""
-    contestants = results["throughput"]["contestants"]
-    lines = ["", f"| `{ours}` | figure | to be reached | |", "|---|---|---|---|"]
-    peers = sorted({run["model"] for run in contestants.values()} - set(OURS))
-    for model in peers:
-        lines += throughput_rows(contestants, ours, model)
-    if ours in results.get("latency", {}).get("calls", {}):
-        for model in peers:
-            lines += latency_rows(results, ours, model)
-        lines += spread_row(results, ours)
+def summary(results, threads):
+    """Against the fastest of each peer by precision, beside what is to be reached."""
+    contestants = results[f"throughput/{threads}"]["contestants"]
+    lines = ["", f"| `{MAIN_KEY}`, {threads} threads | figure | to be reached | |", "|---|---|---|---|"]
+    for model in sorted({run["model"] for run in contestants.values() if "batch" in run}):
+        for precision in ("fp32", "bf16"):
+            key = fastest(contestants, model, (precision,))
+            if key is None:
+                continue
+            times, low, high = ratio(contestants[MAIN_KEY]["rates"], contestants[key]["rates"])
+            what = f"images/s, against `{model}` in {precision}, {contestants[key]['runtime']}"
+            least = LEAST_TIMES.get((model, precision))
+            bar = () if least is None else (f"≥ {least:g} ×", times >= least)
+            lines.append(row(what, f"{times:.2f} × ({low:.2f}-{high:.2f})", *bar))
+    calls = results.get(f"latency/{threads}", {}).get("calls", {})
+    if MAIN_KEY in calls:
+        p50 = calls[MAIN_KEY]["p50"]
+        lines.append(
+            row("one image, p50", f"{1e3 * p50:.2f} ms", f"≤ {1e3 * MOST_P50:g} ms", p50 <= MOST_P50)
+        )
     return lines
 
 
@@ -82,78 +82,30 @@ def row(what, figure, bar=None, holds=None):
     return f"| {what} | {figure} | {bar or '-'} | {'' if bar is None else 'yes' if holds else '**no**'} |"
 
 
-def throughput_rows(contestants, ours, model):
-    """Against the fastest in fp32, against OpenVINO in bf16, against the fastest of all."""
-    fp32, bf16 = fastest(contestants, model, ("fp32",)), f"{model}/openvino_bf16"
-    named = {bf16: ""} if bf16 in contestants else {}
-    named[fastest(contestants, model)] = "the fastest in any precision, "
-    named |= {} if fp32 is None else {fp32: "the fastest in fp32, "}
-    rows = []
-    for key in sorted(named, key=lambda key: speed(contestants[key])):
-        times, low, high = ratio(contestants[ours]["rates"], contestants[key]["rates"])
-        least = LEAST_TIMES.get((model, "fp32")) if key == fp32 else LEAST_TIMES_BF16.get(key)
-        what = f"images/s, against `{model}`, {named[key]}{contestants[key]['runtime']}"
-        figure = f"{times:.1f} × ({low:.1f}-{high:.1f})"
-        rows.append(row(what, figure, *(() if least is None else (f"≥ {least:g} ×", times >= least))))
-    return rows
-
-
-def latency_rows(results, ours, model):
-    """p50 of one image, as a share of the least p50 of a peer in fp32, and in any precision."""
-    calls, contestants, rows = results["latency"]["calls"], results["throughput"]["contestants"], []
-    for said, precisions in (("fp32", ("fp32",)), ("any precision", ("fp32", "bf16"))):
-        key, most = quickest(results, model, precisions), MOST_SHARE_OF_P50.get(model)
-        if key is not None:
-            share = calls[ours]["p50"] / calls[key]["p50"]
-            what = f"one image, p50, against `{model}`, the quickest in {said}, {contestants[key]['runtime']}"
-            figure = f"{1e3 * calls[ours]['p50']:.2f} / {1e3 * calls[key]['p50']:.2f} ms = {share:.2f}"
-            rows.append(row(what, figure, *(() if most is None else (f"≤ {most:g}", share <= most))))
-    return rows
-
-
-def spread_row(results, ours):
-    """p99 to p50, ours and that of the quickest MobileNetV2."""
-    calls, key = results["latency"]["calls"], quickest(results, "mobilenetv2")
-    spread = calls[ours]["p99"] / calls[ours]["p50"]
-    figure, bar, most = f"{spread:.2f}", f"≤ {MOST_P99_TO_P50:g}", MOST_P99_TO_P50
-    if key is not None:
-        own = calls[key]["p99"] / calls[key]["p50"]
-        figure += f"; `mobilenetv2`'s own, {results['throughput']['contestants'][key]['runtime']}: {own:.2f}"
-        bar, most = f"{bar}, or the peer's own", max(most, own)
-    return [row("one image, p99 / p50", figure, bar, spread <= most)]
+# ---- exactness, cost, profile, GPU ----
 
 
 def accuracy_table(results):
     lines = [
         "",
         f"| against float64; bold: above {MOST_DIFFERENCE:g} | images | largest difference of a probability "
-        "| of a score | of a score after its sigmoid | largest score | float64 chooses other pixels |",
-        "|---|---|---|---|---|---|---|",
+        "| of a score, divided by max(1, its size) | largest score | float64 chooses other tiles |",
+        "|---|---|---|---|---|---|",
     ]
     for name, run in results["accuracy"]["sets"].items():
-        differences = [run[column] for column in ("probability", "score", "map")]
+        differences = [run[column] for column in ("probability", "score")]
         figures = [f"{most:.1e}" if most <= MOST_DIFFERENCE else f"**{most:.1e}**" for most in differences]
         lines.append(
             f"| {name} | {run['images']:,} | {' | '.join(figures)} | {run['largest_score']:.1f} "
-            f"| {run['other_pixels']:.2%} |"
+            f"| {run['other_tiles']:.2%} |"
         )
     return lines
 
 
-# ---- cost, profile, GPU ----
-
-
 def cost_table(results):
-    lines = ["", "| model | parameters | multiply-adds | memory |", "|---|---|---|---|"]
-    used = results.get("memory", {}).get("growth", {})
+    lines = ["", "| model | parameters | multiply-adds |", "|---|---|---|"]
     for name, run in results["cost"]["models"].items():
-        grown = [
-            f"{found['growth_mb']:.0f} MB" + (f" ({key.split('/')[1]})" if "/" in key else "")
-            for key, found in used.items()
-            if key.split("/")[0] == name
-        ]
-        macs = f"{run['multiply_adds'] / 1e6:,.1f} M"
-        lines.append(f"| `{name}` | {run['parameters']:,} | {macs} | {', '.join(grown) or '-'} |")
+        lines.append(f"| `{name}` | {run['parameters']:,} | {run['multiply_adds'] / 1e6:,.1f} M |")
     return lines
 
 
@@ -189,10 +141,10 @@ def gpu_table(results):
 
 def tables(results):
     """All of them, of the sections that there are."""
-    lines = []
-    for ours in OURS:
-        if "throughput" in results and ours in results["throughput"]["contestants"]:
-            lines += throughput_table(results, ours) + summary(results, ours)
+    lines, threads = [], numbers_of_threads(results)
+    for n in threads:
+        lines += throughput_table(results, n)
+    lines += summary(results, threads[-1]) if threads else []
     for section, table in (
         ("accuracy", accuracy_table),
         ("cost", cost_table),
@@ -202,9 +154,75 @@ def tables(results):
         lines += table(results) if section in results else []
     where = next((run["machine"] for run in results.values()), None)
     if where is None:
-        return "Machine: nothing measured yet."
+        return "Not measured yet."
     libraries = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    place = f"Machine: {where['processor']}, {where['threads']} threads; {libraries}."
-    if any(run.get("engine") for run in results.values()):
-        place += " The compiled engine ran."
+    place = f"Machine: {where['processor']} ({', '.join(where['vectors'])}), {where['cores']} cores; "
+    place += f"compiled engine: {where['engine']}; {libraries}."
     return "\n".join([*lines, "", place]).strip()
+
+
+# ---- accuracy against images/s ----
+
+
+def points_of(results, runs, threads):
+    """Images/s and accuracy in %, by name, of ours by k and of the peers that have both."""
+    contestants = results[f"throughput/{threads}"]["contestants"]
+    found = {}
+    for share in SHARES:
+        column = "accuracy_all" if share == 1 else f"accuracy_share_{share:.3g}"
+        values = [run[column] for run in runs["tiles"]]
+        found[f"tiles/{label(share)}"] = speed(contestants[f"tiles/{label(share)}"]), 100 * np.mean(values)
+    for name in (*TWINS, "mobilenetv2"):
+        for precision in ("fp32", "bf16"):
+            key = fastest(contestants, name, (precision,))
+            if key is not None and runs.get(name):
+                found[f"{name}, {precision}"] = (
+                    speed(contestants[key]),
+                    100 * np.mean([run["accuracy"] for run in runs[name]]),
+                )
+    return found
+
+
+def figure(results, results_of_accuracy, path, data=("pbc5_few", "event", "jurkat")):
+    """Draw accuracy against images/s with all threads; a panel for each data set, over the common splits.
+
+    MobileNetV2 is drawn over those of its splits that ours has. Speeds are of 135×135 pixels throughout.
+    """
+    from matplotlib.figure import Figure
+
+    threads = numbers_of_threads(results)
+    if not threads:
+        raise SystemExit("No throughput is measured yet: run efficiency.py first.")
+    panels = {}
+    for name in data:
+        by_model = {
+            model: runs_of(results_of_accuracy, name, model) for model in ("tiles", *TWINS, "mobilenetv2")
+        }
+        common = set(by_model["tiles"]).intersection(*(by_model[twin] for twin in TWINS if by_model[twin]))
+        if common:
+            panels[name] = {
+                model: [run for split, run in runs.items() if split in common]
+                for model, runs in by_model.items()
+            }
+    if not panels:
+        raise SystemExit("No accuracy of ours is measured yet: run accuracy.py first.")
+    drawn = Figure(figsize=(4.2 * len(panels), 3.8), layout="constrained")
+    for ax, (name, runs) in zip(
+        drawn.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        points = points_of(results, runs, threads[-1])
+        ours = [point for key, point in points.items() if key.startswith("tiles")]
+        ax.plot(*zip(*ours, strict=True), "o-", color="C0", label="tiles, by k")
+        for color, precision in (("C1", "fp32"), ("C2", "bf16")):
+            twins = [points[key] for twin in TWINS if (key := f"{twin}, {precision}") in points]
+            if twins:
+                ax.plot(*zip(*twins, strict=True), "s-", color=color, label=f"dense twins, {precision}")
+        if "mobilenetv2, fp32" in points:
+            ax.plot(*points["mobilenetv2, fp32"], "^", color="C3", label="MobileNetV2, fp32")
+        for share, point in zip(SHARES, ours, strict=True):
+            ax.annotate(label(share), point, textcoords="offset points", xytext=(4, 4), fontsize=8)
+        ax.set(xscale="log", xlabel="images/s (135×135)", ylabel="accuracy, %")
+        ax.set_title(f"{name} (n = {len(runs['tiles'])})")
+    drawn.axes[0].legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=150)

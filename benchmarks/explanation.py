@@ -1,7 +1,7 @@
 """Is what the model shows true? Where its maps lie, and what removing or revealing the pixels they name does.
 
     python benchmarks/explanation.py                                   # all that explanation.json lacks
-    python benchmarks/explanation.py --models sparseattn,mobilenetv2 --images 100
+    python benchmarks/explanation.py --models tiles --images 100
     python benchmarks/explanation.py --tables                          # only rewrite the table of README.md
 
 Cells with masks: wbc_jtsc (real, stained; three folds) and `make_cells`. Each model's maps are those of the
@@ -49,7 +49,8 @@ TITLES = {
     "opd": "Generated, opd (3 classes, 64×64)",
 }
 NAMES = {
-    "sparseattn": "SparseAttnClassifier",
+    "tiles": "SparseAttnClassifier",
+    "sparseattn": "SparseAttnClassifier, former default (87ba256)",
     "mobilenetv2": "MobileNetV2",
     "shuffled": "SparseAttnClassifier fitted to shuffled labels",
     "untrained": "SparseAttnClassifier with random weights (5 seeds)",
@@ -65,7 +66,7 @@ def maps_of(model, estimator, images, labels):
     if model == "mobilenetv2":
         own = maps_of_cnn(estimator, images, labels)
     else:
-        own = maps_of_ours(estimator, images, labels, quick=model != "sparseattn")
+        own = maps_of_ours(estimator, images, labels, quick=model != "tiles")
     return own | controls(images, np.random.default_rng(0))
 
 
@@ -207,6 +208,8 @@ def tables(results):
             *(inside_row(name, runs) for name, runs in by_model.items() if "dropped" in runs[0]),
             "",
         ]
+    if not lines:
+        return "Not measured yet."
     where = sorted(
         {f"{found['machine']['processor']}, torch {found['machine']['torch']}" for found in results.values()}
     )

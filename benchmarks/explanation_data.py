@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 from sklearn_sparseattn import SparseAttnClassifier
 from sklearn_sparseattn.datasets import load_image_folder, make_cells
 
-KEPT = Path(tempfile.gettempdir()) / "sparseattn-explanation"
+KEPT = Path(tempfile.gettempdir()) / "sparseattn-explanation-tiles"
 N_FOLDS = 3
 N_TRAIN, N_TEST, SIDE = 400, 200, 64  # of the generated cells
 # Cells of pbc5 are 1.75 times as many pixels wide as those of wbc_jtsc: 210 of its pixels are 120 of those.
@@ -80,7 +80,7 @@ def shuffled(images, target, augment):
 
 def untrained(images, target, augment, seed=0):
     """Ours with the weights that it was born with; batch norm has its statistics, k is the usual one."""
-    k = 1500 / 18225
+    k = 1500 / 135**2
     fixed = {"k_init": k, "k_min": k, "k_max": k, "random_state": seed}
     return ours(images, target, augment, max_epochs=1, lr=1e-12, **fixed)
 
@@ -98,7 +98,7 @@ def of_pbc5(images, target, augment):
 
 
 MODELS = {
-    "sparseattn": ours,
+    "tiles": ours,
     "mobilenetv2": mobilenetv2,
     "shuffled": shuffled,
     **{f"untrained{seed}": partial(untrained, seed=seed) for seed in range(5)},

@@ -62,7 +62,7 @@ def cells(n=96, size=24):
 
 
 def answer(clf, images):
-    return clf.predict_proba(images), clf.transform(images), clf.attention_maps(images).pixels
+    return clf.predict_proba(images), clf.transform(images), clf.attention_maps(images).tiles
 
 
 def same(found, expected):

@@ -11,7 +11,7 @@ def on_gpu(images, target, peers, plan):
     clf = fitted(images, target, plan.k, device="cuda")
     many, found = images[np.arange(2048) % len(images)], {}
     for batch in (64, 256, 2048):
-        found.setdefault("sparseattn", {})[batch] = predicting(clf, many[:batch])
+        found.setdefault("tiles", {})[batch] = predicting(clf, many[:batch])
     for name, peer in peers.items():
         network = peer.network.cuda()
         for precision in ("fp32", "bf16"):

@@ -1,4 +1,4 @@
-"""What attention_maps costs beside predict_proba: processor time of one thread, 135×135, k = 2146.
+"""What attention_maps costs beside predict_proba: processor time of one thread, 135×135, k = 1500.
 
 python benchmarks/maps.py    # writes maps.json and the table in benchmarks/README.md
 """
@@ -23,7 +23,7 @@ def seconds(method, X):
     return time.process_time() - start
 
 
-def measure(n_images=500, image_size=135, k=2146, n_rounds=15):
+def measure(n_images=500, image_size=135, k=1500, n_rounds=15):
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     X = rng.integers(0, 256, size=(n_images, image_size, image_size), dtype=np.uint8)

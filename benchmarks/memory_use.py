@@ -1,4 +1,4 @@
-"""How much memory a process allocates: predictions, fits and peers, each in a process of its own.
+"""How much memory a process allocates: predictions and fits, each in a process of its own.
 
 Only anonymous memory counts (RssAnon): mapped files, as the images and the libraries, do not.
 """
@@ -15,7 +15,6 @@ import joblib
 import numpy as np
 import torch
 from ours import fitted
-from runtimes import NEEDS, RUNTIMES, Peer
 
 
 def anonymous_memory():
@@ -57,22 +56,12 @@ def child_fits(spec, found):
     fitted(images, target, spec["k"], batch_size=spec["batch_size"])
 
 
-def child_runs_peer(spec, found):
-    images = np.load(spec["images"], mmap_mode="r")[:16]
-    peer = Peer(spec["peer"], images, spec["threads"], spec["onnx"])
-    unit = RUNTIMES[spec["runtime"]].open(peer, **spec["setting"])
-    for _ in range(5):
-        unit()
-
-
-CHILD_WORK = {"predict": child_predicts, "fit": child_fits, "peer": child_runs_peer}
+CHILD_WORK = {"predict": child_predicts, "fit": child_fits}
 
 
 def child(spec):
     """In a fresh process: idle with everything imported, then the work; the model counts as growth."""
     torch.set_num_threads(spec["threads"])
-    if spec["work"] == "peer" and "transformers" in NEEDS[spec["peer"]]:
-        from transformers import MobileNetV2ForImageClassification, ResNetForImageClassification  # noqa: F401
     extra = {}
     with peak_memory() as found:
         CHILD_WORK[spec["work"]](spec, extra)

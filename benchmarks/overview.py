@@ -9,7 +9,6 @@ Results are written as they come.
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import accuracy
@@ -30,11 +29,6 @@ RESULTS = HERE / "overview.json"
 README = HERE.parent / "README.md"
 SEEDS = (0, 1, 2)
 CNNS = {"resnet50": "ResNet50", "mobilenetv2": "MobileNetV2"}
-CONSISTENT = {  # and what the row says of them
-    "sparseattn_consistent": (),
-    "sparseattn_consistent_deep_7x7": ("deep",),
-    "sparseattn_consistent_deep_7x7_long": ("deep, long",),
-}
 
 
 def attention(modality):
@@ -43,8 +37,8 @@ def attention(modality):
         cells = make_cells(1000, modality=modality, image_size=64, return_masks=True, random_state=seed)
         clf = SparseAttnClassifier(random_state=seed).fit(cells.images[:800], cells.target[:800])
         on_cell = cells.masks[800:].reshape(200, -1) > 0
-        chosen = np.take_along_axis(on_cell, clf.attention_maps(cells.images[800:]).pixels, axis=1)
-        return {"chosen_on_cell": float(chosen.mean()), "cell_share": float(on_cell.mean())}
+        chosen = clf.attention_maps(cells.images[800:]).chosen.reshape(200, -1)
+        return {"chosen_on_cell": float(on_cell[chosen].mean()), "cell_share": float(on_cell.mean())}
 
     return measure
 
@@ -55,11 +49,11 @@ def digits(seed):
     return {"accuracy": float(scores.mean())}
 
 
-def cost(seed, **params):
-    """Parameters, multiply-adds and throughput at the paper's size, k = 2146 of 135×135, three classes."""
+def cost(seed):
+    """Parameters, multiply-adds and throughput at the paper's size, k = 1500 of 135×135, three classes."""
     cells = make_cells(256, image_size=135, random_state=seed)
-    fixed = {"k_init": 2146, "k_min": 2146, "k_max": 2146}
-    clf = SparseAttnClassifier(**fixed, **params, max_epochs=1, n_jobs=-1, random_state=seed)
+    fixed = {"k_init": 1500, "k_min": 1500, "k_max": 1500}
+    clf = SparseAttnClassifier(**fixed, max_epochs=1, n_jobs=-1, random_state=seed)
     clf.fit(cells.images, cells.target)
     seconds = []
     for _ in range(7):
@@ -68,7 +62,7 @@ def cost(seed, **params):
         seconds.append(time.perf_counter() - start)
     return {
         "parameters": sum(p.numel() for p in clf.network_.parameters()),
-        "multiply_adds": round(sum(ours.multiply_adds(clf, cells.images[:32]).values())),
+        "multiply_adds": sum(ours.multiply_adds(clf).values()),
         "images_per_second": len(cells.images) / float(np.median(seconds)),
     }
 
@@ -78,7 +72,6 @@ JOBS = {
     **{f"digits/{seed}": (digits, seed) for seed in SEEDS},
     **{f"attention-{m}/0": (attention(m), 0) for m in MODALITIES},
     "cost/0": (cost, 0),
-    "cost-deep/0": (partial(cost, depth=3, kernel_size=7), 0),
 }
 
 
@@ -101,55 +94,45 @@ def measure_all():
 
 
 def accuracy_row(results, data, title):
-    """Ours, and the better of the two large CNNs, each on the splits that it was run on."""
+    """Ours, the dense twin, and the better of the two large CNNs, each on the splits that it was run on."""
 
     def accuracy_of(runs, *note):
         notes = ", ".join([*note, f"n = {len(runs)}"])
         return f"{spread(runs, 'accuracy')} ({notes})" if runs else "not run yet"
 
-    ours = list(accuracy.runs_of(results, data, "sparseattn").values())
+    ours, twin = (list(accuracy.runs_of(results, data, name).values()) for name in ("tiles", "twin"))
     peers = {name: list(accuracy.runs_of(results, data, name).values()) for name in CNNS}
     peers = {name: runs for name, runs in peers.items() if runs}
     best = max(peers, key=lambda name: np.mean([run["accuracy"] for run in peers[name]]), default=None)
-    consistent = []
-    for name, note in CONSISTENT.items():
-        if runs := list(accuracy.runs_of(results, data, name).values()):
-            consistent.append(accuracy_of(runs, *note))
     cnn = accuracy_of(peers[best], CNNS[best]) if best else "not run yet"
     figures = " | ".join(spread(ours, column) for column in ("accuracy", "macro_f1", "share"))
-    others = "; ".join(consistent) or "not run yet"
-    return f"| {title} | {ours[0]['n_train']} | {len(ours)} | {figures} | {others} | {cnn} |"
+    return f"| {title} | {ours[0]['n_train']} | {len(ours)} | {figures} | {accuracy_of(twin)} | {cnn} |"
 
 
 def tables(results, results_of_accuracy):
     """Markdown from the results, and from nothing else."""
+    if not set(JOBS) <= set(results):
+        return "Not measured yet."
     lines = [
         "| images | training images | n | accuracy % | macro F1 % | k, % of the image "
-        "| accuracy %, consistent | a CNN's accuracy % |",
+        "| a dense CNN of our size, accuracy % | a large CNN's accuracy % |",
         "|---|---|---|---|---|---|---|---|",
         *(
             accuracy_row(results_of_accuracy, data, title)
             for data, title in data_sets.TITLES.items()
-            if accuracy.runs_of(results_of_accuracy, data, "sparseattn")
+            if accuracy.runs_of(results_of_accuracy, data, "tiles")
         ),
     ]
     digit_runs = [run for job, run in results.items() if job.startswith("digits")]
     looks = [results[f"attention-{m}/0"] for m in MODALITIES]
     on_cell = ", ".join(f"{look['chosen_on_cell']:.0%}" for look in looks)
-    costs = [
-        f"{run['parameters']:,} parameters, {run['multiply_adds'] / 1e6:.1f} M multiply-adds, "
-        f"{run['images_per_second']:.0f} images/s"
-        for run in (results["cost/0"], results["cost-deep/0"])
-    ]
-    where = results["cost/0"]["machine"]
+    run = results["cost/0"]
     lines += [
         "",
         "n: splits (80/20 by seed, folds of jurkat, donors of T cells, draws of the labelled), mean ± "
-        "standard deviation; consistent: `consistency_weight=1, gate_init=0.88`, a step of whose fit sees "
-        "each image twice; deep: with `depth=3, kernel_size=7`, too; long: with "
-        "`max_epochs=120`; the CNN is the better of ResNet50 and MobileNetV2, as far as run, from scratch. "
-        "A tenth of the training images was held out from all of them. More models, differences "
-        "with intervals and how it was done: "
+        "standard deviation. The dense CNN is `twin`, trained by the same recipe; the large one is the "
+        "better of ResNet50 and MobileNetV2, as far as run, from scratch. A tenth of the training images "
+        "was held out from all of them. More models, differences with intervals and how it was done: "
         "[benchmarks](benchmarks/README.md).",
         "",
         "scikit-learn's digits, `cross_val_score` with `cv=3` and default settings: "
@@ -158,11 +141,13 @@ def tables(results, results_of_accuracy):
         f"Share of the chosen pixels on the cell ({', '.join(MODALITIES)}; 64×64, one seed): {on_cell}. "
         f"The cell covers {np.mean([look['cell_share'] for look in looks]):.0%} of the image.",
         "",
-        f"At 135×135, one channel, k = 2146: {costs[0]} through `predict_proba` with n_jobs=-1 on "
-        f"{where['cores']} cores; with `depth=3, kernel_size=7` {costs[1]}.",
+        f"At 135×135, one channel, k = 1500: {run['parameters']:,} parameters, "
+        f"{run['multiply_adds'] / 1e6:.1f} M multiply-adds, {run['images_per_second']:,.0f} images/s through "
+        f"`predict_proba` with n_jobs=-1 on {run['machine']['cores']} cores.",
         "",
-        f"Machine: {where['processor']}, torch {where['torch']}, scikit-learn {where['scikit-learn']}; "
-        "accuracies: those that [benchmarks](benchmarks/README.md#accuracy-against-other-models) "
+        f"Machine: {run['machine']['processor']}, torch {run['machine']['torch']}, scikit-learn "
+        f"{run['machine']['scikit-learn']}; accuracies: those that "
+        "[benchmarks](benchmarks/README.md#accuracy-against-other-models) "
         "names. Made from `benchmarks/accuracy.json` and `overview.json` by `benchmarks/overview.py`.",
     ]
     return "\n".join(lines)

@@ -1,9 +1,12 @@
-"""What SparseAttnClassifier is held against: convolutional networks from scratch, and scikit-learn alone.
+"""What SparseAttnClassifier is held against: dense twins, larger CNNs from scratch, and scikit-learn alone.
 
-Each has fit(X, y, X_val, y_val), predict_proba, and after the fit `n_iter_` and `n_parameters_` (None where
-that means nothing). X is (n, H, W) or (n, H, W, C) as it came, y are class numbers. ResNet50 and MobileNetV2
-are those of `transformers` (extra `benchmarks`), which is imported when one of them is built.
+A dense twin is a plain CNN of our own size, trained by our own recipe (`Twin`). Each peer has
+fit(X, y, X_val, y_val), predict_proba, and after the fit `n_iter_` and `n_parameters_` (None where that means
+nothing). X is (n, H, W) or (n, H, W, C) as it came, y are class numbers. ResNet50 and MobileNetV2 are those
+of `transformers` (extra `benchmarks`), which is imported when one of them is built.
 """
+
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,10 +24,13 @@ from skorch.callbacks import EarlyStopping, LRScheduler
 from skorch.helper import predefined_split
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
+from sklearn_sparseattn import SparseAttnClassifier
 from sklearn_sparseattn.images import ImageRows, PixelScale, learn_data_range
-from sklearn_sparseattn.training.batches import Batches, LabelledImages, dihedral
+from sklearn_sparseattn.training.batches import Batches, LabelledImages, count_batches, dihedral
+from sklearn_sparseattn.training.fit import _SHRINKAGE
+from sklearn_sparseattn.training.setup import background_level
 
 
 def with_channels(images):
@@ -77,6 +83,38 @@ def lenet(image_shape, n_classes):
     )
 
 
+class DenseTwin(nn.Module):
+    """A plain CNN: 3x3 convolutions, mean and maximum of the last maps, one hidden layer.
+
+    Images pass less `background`, as in the coarse network of ours.
+    """
+
+    def __init__(self, image_shape, n_classes, channels, strides=(2, 2, 2, 1), hidden=128):
+        super().__init__()
+        layers, n = [], image_shape[2]
+        for n_out, stride in zip(channels, strides, strict=True):
+            layers += [nn.Conv2d(n, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
+            n = n_out
+        self.background = 0.0
+        self.features, self.norm = nn.Sequential(*layers), nn.BatchNorm1d(2 * n)
+        self.head = nn.Sequential(
+            nn.Linear(2 * n, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, n_classes)
+        )
+
+    def forward(self, images):
+        """Logits of (B, C, H, W)."""
+        maps = self.features(images - self.background if self.background else images)
+        return self.head(self.norm(torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], dim=1)))
+
+
+# 2.5, 5.7 and 9.6 M multiply-adds at 135×135, one channel.
+TWINS = {
+    "twin_small": partial(DenseTwin, channels=(6, 12, 16, 24)),
+    "twin": partial(DenseTwin, channels=(8, 16, 32, 32)),
+    "twin_large": partial(DenseTwin, channels=(10, 20, 40, 48)),
+}
+
+
 class Logits(nn.Module):
     """A network that gives logits, whatever it is wrapped in; channels last, which is faster on a CPU."""
 
@@ -108,6 +146,95 @@ class Trainer(NeuralNetClassifier):
         return super().get_loss(y_pred, y_true[0], *args, **kwargs)
 
 
+def labelled(X, y, scale):
+    """Rows for `Batches`; without y all are of class 0."""
+    images = with_channels(X)
+    target = np.zeros(len(images), dtype=np.int64) if y is None else y
+    return LabelledImages(ImageRows(images, images.shape[1:]), target, np.ones(len(images)), scale)
+
+
+def scale_of(X):
+    """From the numbers of X to about [0, 1], as ours learns it."""
+    images = with_channels(X)
+    return PixelScale(learn_data_range(ImageRows(images, images.shape[1:])))
+
+
+@torch.no_grad()
+def recompute_batch_norm(network, batches):
+    """Running statistics over unaugmented rows, at the weights as they are, as after a fit of ours."""
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    network.eval()
+    for norm in norms:
+        norm.train()
+    for i, (images, _) in enumerate(batches):
+        for norm in norms:
+            norm.momentum = 1 / (i + 1)  # the first batch replaces, the rest average
+        network(images)
+    network.eval()
+
+
+class Twin:
+    """A dense twin, trained by our recipe, whose epochs, rate and weight decay are the defaults of ours.
+
+    One cycle of AdamW, cross-entropy, the background subtracted, statistics of batch norm computed anew at
+    the end; it has no use for validation rows. Weights begin as PyTorch makes them.
+    """
+
+    def __init__(self, build, *, augment=None, batch_size=32, random_state=0, **recipe):
+        self.build = build
+        self.augment = dihedral if augment == "dihedral" else augment
+        self.batch_size = batch_size
+        self.random_state = random_state
+        defaults = SparseAttnClassifier().get_params()
+        self.recipe = {name: defaults[name] for name in ("max_epochs", "lr", "weight_decay")} | recipe
+
+    def fit(self, X, y, X_val=None, y_val=None):
+        """Train."""
+        self.scale_ = scale_of(X)
+        rows, rng = labelled(X, y, self.scale_), np.random.default_rng(self.random_state)
+        n_epochs, rate, decay = (self.recipe[name] for name in ("max_epochs", "lr", "weight_decay"))
+        n_steps = n_epochs * count_batches(len(rows), self.batch_size)
+        decay = _SHRINKAGE / (rate * n_steps) if decay is None else decay  # as that of ours
+        with torch.random.fork_rng(devices=[]):  # weights
+            torch.manual_seed(self.random_state)
+            self.trainer_ = Trainer(
+                Logits,
+                module__build=self.build,
+                module__image_shape=with_channels(X).shape[1:],
+                module__n_classes=int(y.max()) + 1,
+                criterion=nn.CrossEntropyLoss,
+                optimizer=AdamW,
+                optimizer__weight_decay=decay,
+                optimizer__fused=True,
+                lr=rate,
+                max_epochs=n_epochs,
+                batch_size=self.batch_size,
+                iterator_train=Batches,
+                iterator_train__rng=rng,
+                iterator_train__augment=self.augment,
+                iterator_valid=Batches,
+                train_split=None,
+                callbacks=[
+                    LRScheduler(
+                        OneCycleLR, max_lr=rate, total_steps=n_steps, step_every="batch", event_name=None
+                    )
+                ],
+                callbacks__print_log=None,
+                verbose=0,
+            ).initialize()
+            network = self.trainer_.module_
+            network.network.background = background_level(rows)
+            self.trainer_.partial_fit(rows)
+        recompute_batch_norm(network, Batches(rows, self.batch_size, rng))
+        self.n_iter_ = len(self.trainer_.history)
+        self.n_parameters_ = sum(p.numel() for p in network.parameters())
+        return self
+
+    def predict_proba(self, X):
+        """Probabilities, (n, n_classes)."""
+        return self.trainer_.predict_proba(labelled(X, None, self.scale_))
+
+
 class Cnn:
     """A network trained from scratch until the validation loss has not fallen for `patience` epochs."""
 
@@ -130,20 +257,14 @@ class Cnn:
         self.max_epochs = max_epochs
         self.patience = patience
 
-    def _rows(self, X, y=None):
-        images = with_channels(X)
-        target = np.zeros(len(images), dtype=np.int64) if y is None else y
-        rows = ImageRows(images, images.shape[1:])
-        return LabelledImages(rows, target, np.ones(len(images)), self.scale_)
-
     def fit(self, X, y, X_val, y_val):
         """Train; schedule and stopping watch the validation rows."""
-        images = with_channels(X)
-        self.scale_ = PixelScale(learn_data_range(ImageRows(images, images.shape[1:])))
+        self.scale_ = scale_of(X)
+        validation = labelled(X_val, y_val, self.scale_)
         with torch.random.fork_rng(devices=[]):  # weights and dropout
             torch.manual_seed(self.random_state)
-            self.trainer_ = self._trainer(images.shape[1:], int(y.max()) + 1, self._rows(X_val, y_val))
-            self.trainer_.fit(self._rows(X, y), None)
+            self.trainer_ = self._trainer(with_channels(X).shape[1:], int(y.max()) + 1, validation)
+            self.trainer_.fit(labelled(X, y, self.scale_), None)
         self.n_iter_ = len(self.trainer_.history)
         self.n_parameters_ = sum(p.numel() for p in self.trainer_.module_.parameters())
         return self
@@ -179,7 +300,7 @@ class Cnn:
 
     def predict_proba(self, X):
         """Probabilities, (n, n_classes)."""
-        return self.trainer_.predict_proba(self._rows(X))
+        return self.trainer_.predict_proba(labelled(X, None, self.scale_))
 
 
 def silent(text):
@@ -277,6 +398,7 @@ def plain(peer, **options):
 
 # name -> function of augment, batch_size and random_state that gives a peer.
 PEERS = {
+    **{name: partial(Twin, build) for name, build in TWINS.items()},
     # 1.8 times as fast where the processor has bfloat16, many times slower elsewhere; evaluated in float32.
     "resnet50": cnn(resnet50, bfloat16=torch.cpu._is_avx512_bf16_supported()),
     "mobilenetv2": cnn(mobilenetv2),

@@ -3,7 +3,7 @@
     python benchmarks/persistence.py    # writes persistence.json and the table in benchmarks/README.md
 
 For each modality a fit with default settings but few epochs, then 1,250 images that it has not seen, 1,000
-of cells and 250 of noise, in both runtimes, 5,000 in all. Images are counted in which other pixels were
+of cells and 250 of noise, in both runtimes, 5,000 in all. Images are counted in which other tiles were
 chosen than by the classifier: scores that differ in their last digit only come in another order.
 """
 
@@ -26,12 +26,12 @@ MODALITIES = ("brightfield", "event", "hologram", "opd")
 IMAGE_SIZE, N_TRAIN, N_CELLS, N_NOISE, EPOCHS, BATCH = 135, 150, 1000, 250, 15, 25
 
 
-def with_pixels(path):
-    """The model with the chosen pixels as a second output."""
+def with_tiles(path):
+    """The model with the chosen tiles, in ascending order, as a second output."""
     model = onnx.load(path)
     [at] = [i for i, node in enumerate(model.graph.node) if node.op_type == "NonZero"]
-    pixels = model.graph.node[at + 2].output[0]  # gathered and brought into form
-    model.graph.output.append(onnx.helper.make_tensor_value_info(pixels, onnx.TensorProto.INT64, None))
+    tiles = model.graph.node[at + 2].output[0]  # gathered and brought into form
+    model.graph.output.append(onnx.helper.make_tensor_value_info(tiles, onnx.TensorProto.INT64, None))
     return model.SerializeToString()
 
 
@@ -76,7 +76,7 @@ def measure(modality, folder):
         seconds.append(time.process_time() - start)
     export_onnx(clf, onnx_file)
     images = unseen(modality, clf.data_range_)
-    expected, chosen = clf.predict_proba(images), np.sort(clf.attention_maps(images).pixels, axis=1)
+    expected, chosen = clf.predict_proba(images), np.sort(clf.attention_maps(images).tiles, axis=1)
     found = {
         "file_bytes": file.stat().st_size,
         "onnx_bytes": onnx_file.stat().st_size,
@@ -86,14 +86,14 @@ def measure(modality, folder):
         "runtimes": {},
     }
     for name, open_runtime in RUNTIMES.items():
-        run = open_runtime(with_pixels(onnx_file))
+        run = open_runtime(with_tiles(onnx_file))
         parts = [run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
-        probabilities, pixels = (np.concatenate(part) for part in zip(*parts, strict=True))
-        apart, same = np.abs(probabilities - expected).max(axis=1), (pixels == chosen).all(axis=1)
+        probabilities, tiles = (np.concatenate(part) for part in zip(*parts, strict=True))
+        apart, same = np.abs(probabilities - expected).max(axis=1), (tiles == chosen).all(axis=1)
         found["runtimes"][name] = {
-            "most_apart_same_pixels": float(apart[same].max()),
-            "n_other_pixels": int((~same).sum()),
-            "most_apart_other_pixels": float(apart[~same].max(initial=0)),
+            "most_apart_same_tiles": float(apart[same].max()),
+            "n_other_tiles": int((~same).sum()),
+            "most_apart_other_tiles": float(apart[~same].max(initial=0)),
             "n_beyond_1e-5": int((apart > 1e-5).sum()),
             "n_other_answers": int((probabilities.argmax(1) != expected.argmax(1)).sum()),
         }
@@ -102,7 +102,7 @@ def measure(modality, folder):
 
 def table(results):
     lines = [
-        "| images | model file | `load_model` | runtime | difference, same pixels | other pixels chosen "
+        "| images | model file | `load_model` | runtime | difference, same tiles | other tiles chosen "
         "| difference there | beyond 1e-5 | other answers |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -110,9 +110,9 @@ def table(results):
         for name, run in found["runtimes"].items():
             lines.append(
                 f"| {modality} | {found['file_bytes'] / 1024:.0f} KiB | {found['load_ms']['median']:.0f} ms "
-                f"| `{name}` | {run['most_apart_same_pixels']:.1e} "
-                f"| {run['n_other_pixels']} of {found['n_images']:,} "
-                f"| {run['most_apart_other_pixels']:.1e} | {run['n_beyond_1e-5']} "
+                f"| `{name}` | {run['most_apart_same_tiles']:.1e} "
+                f"| {run['n_other_tiles']} of {found['n_images']:,} "
+                f"| {run['most_apart_other_tiles']:.1e} | {run['n_beyond_1e-5']} "
                 f"| {run['n_other_answers']} |"
             )
     return "\n".join(lines)

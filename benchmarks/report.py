@@ -13,12 +13,20 @@ import sklearn
 import torch
 from scipy import stats
 
+# Flags of /proc/cpuinfo that say what arithmetic a processor has; asimd is NEON.
+VECTORS = (
+    *("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8"),
+    *("asimd", "asimddp", "bf16", "i8mm", "sve"),
+)
+
 
 def machine():
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((line.split(":")[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
     return {
         "processor": names[0] if names else platform.processor(),
+        "vectors": [flag for flag in VECTORS if flag in flags],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -310,7 +310,7 @@ def tables(results):
                 "",
                 *remarks([run for found in runs.values() for run in found.values()]),
             ]
-    return "\n".join([*lines, where(results)])
+    return "\n".join([*lines, where(results)]) if lines else "Not measured yet."
 
 
 def main(arguments=None):

@@ -1,10 +1,10 @@
-"""The peers of efficiency.py and scaling.py, and the runtimes that suit them best.
+"""The peers of efficiency.py, scaling.py and fields.py, and the runtimes that suit them best.
 
 Each runtime gives, for a peer, a batch size and a number of streams, a unit of work: a function that returns
-how many images it did. What is not installed is left out.
+how many images it did. A peer does the work of `predict_proba`: from bytes to probabilities. What is not
+installed is left out.
 """
 
-import copy
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
@@ -12,38 +12,45 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from peers import Logits, lenet, mobilenetv2, resnet50
+from peers import TWINS, Logits, lenet, mobilenetv2, with_channels
 from report import machine
 from torch import nn
 
-BUILDERS = {"mobilenetv2": mobilenetv2, "resnet50": resnet50, "lenet": lenet}
-NEEDS = {"mobilenetv2": ("transformers",), "resnet50": ("transformers",), "lenet": ()}
+BUILDERS = {**TWINS, "mobilenetv2": mobilenetv2, "lenet": lenet}
+NEEDS = {"mobilenetv2": ("transformers",)}
+
+
+class FromBytes(nn.Module):
+    """(n, C, H, W) of uint8 -> probabilities."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        """Probabilities, (n, n_classes)."""
+        return self.network(images.float() / 255).softmax(-1)
 
 
 class Peer:
-    """A network in evaluation mode, its ONNX file and its batches."""
+    """A network in evaluation mode, its ONNX file and its batches; `images` are uint8."""
 
     def __init__(self, name, images, threads, onnx=None):
         self.name, self.threads, self.onnx = name, threads, onnx
-        self.images = torch.from_numpy(images[:, None].astype(np.float32) / 255)
+        self.images = torch.from_numpy(with_channels(images)).permute(0, 3, 1, 2).contiguous()
 
     @cached_property
     def network(self):
-        """Channels last; batch norms set to these images: fresh ones let values fade to denormals."""
-        network = Logits(BUILDERS[self.name], (*self.images.shape[2:], 1), 3)
+        """Batch norms are set to these images: fresh ones let values fade to denormals, which are slow."""
+        _, n_channels, height, width = self.images.shape
+        network = FromBytes(Logits(BUILDERS[self.name], (height, width, n_channels), 3))
         for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 module.momentum = 1.0
         with torch.no_grad():
             network.train()(self.images[:16])
         return network.eval()
-
-    @cached_property
-    def compiled(self):
-        """By inductor; frozen, so that batch norms are folded and weights packed."""
-        return torch.compile(self.network, dynamic=False, options={"freezing": True})
 
     def batch(self, n):
         """Some images, again from the first where there are fewer."""
@@ -51,31 +58,17 @@ class Peer:
 
     def export(self, folder):
         """Write the ONNX file, for any batch size."""
-        self.onnx = str(Path(folder) / f"{self.name}.onnx")
-        names = {"input_names": ["images"], "output_names": ["logits"]}
+        self.onnx = str(Path(folder) / f"{self.name}-{self.images.shape[2]}.onnx")
+        names = {"input_names": ["images"], "output_names": ["probabilities"]}
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the exporter calls itself deprecated; the new one fuses less
-            axes = {"images": {0: "n"}, "logits": {0: "n"}}
+            axes = {"images": {0: "n"}, "probabilities": {0: "n"}}
             torch.onnx.export(
                 self.network, (self.batch(2),), self.onnx, dynamic_axes=axes, dynamo=False, **names
             )
 
 
 # ---- runtimes: (peer, batch, streams) -> a unit of work that returns how many images it did ----
-
-
-def eager(peer, batch, streams, channels_last=True, bfloat16=False, compiled=False):
-    images = peer.batch(batch)
-    network = peer.compiled if compiled else peer.network
-    if not channels_last:
-        network = copy.deepcopy(peer.network.network).to(memory_format=torch.contiguous_format)
-
-    def unit():
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            network(images)
-        return batch
-
-    return unit
 
 
 def onnx_runtime(peer, batch, streams):
@@ -88,7 +81,7 @@ def onnx_runtime(peer, batch, streams):
         for _ in range(streams)
     ]
     feed = {"images": peer.batch(batch).numpy()}
-    n_each = max(1, 32 // batch) if streams > 1 else 1
+    n_each = max(1, 64 // batch) if streams > 1 else 1
     pool = ThreadPoolExecutor(streams)
 
     def work(session):
@@ -126,7 +119,7 @@ def openvino(peer, batch, streams, precision="f32"):
             return batch
 
         return one
-    queue, n_batches = ov.AsyncInferQueue(compiled, streams), streams * max(1, 32 // batch)
+    queue, n_batches = ov.AsyncInferQueue(compiled, streams), streams * max(1, 64 // batch)
     for request in queue:
         request.set_input_tensor(images)
 
@@ -143,21 +136,26 @@ class Runtime(NamedTuple):
     """How a peer is run."""
 
     open: object
-    precision: str = "fp32"
-    needs: tuple = ()
-    streams: tuple = (1,)
-    compiles: bool = False
+    precision: str
+    needs: tuple
 
 
 RUNTIMES = {
-    "eager": Runtime(partial(eager, channels_last=False)),
-    "channels_last": Runtime(eager),
-    "channels_last_bf16": Runtime(partial(eager, bfloat16=True), "bf16"),
-    "compile": Runtime(partial(eager, compiled=True), compiles=True),
-    "onnxruntime": Runtime(onnx_runtime, "fp32", ("onnx", "onnxruntime"), (1, 2)),
-    "openvino": Runtime(openvino, "fp32", ("onnx", "openvino"), (1, 2)),
-    "openvino_bf16": Runtime(partial(openvino, precision="bf16"), "bf16", ("onnx", "openvino"), (1, 2)),
+    "onnxruntime": Runtime(onnx_runtime, "fp32", ("onnx", "onnxruntime")),
+    "openvino": Runtime(openvino, "fp32", ("onnx", "openvino")),
+    "openvino_bf16": Runtime(partial(openvino, precision="bf16"), "bf16", ("onnx", "openvino")),
 }
+
+
+def runtimes_of(name):
+    """The runtimes that a peer is measured in: MobileNetV2 in that which was the fastest in float32."""
+    names = ["openvino"] if name == "mobilenetv2" else list(RUNTIMES)
+    return {name: RUNTIMES[name] for name in names}
+
+
+def has_bfloat16():
+    """Whether the processor computes with bfloat16; where it does not, a runtime would use float32."""
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(machine()["vectors"]))
 
 
 def missing(names):
@@ -172,7 +170,7 @@ def open_peers(names, images, threads, folder):
     """Build and export those that can be; the others are said to be left out."""
     peers = {}
     for name in names:
-        if lacking := missing(NEEDS[name]):
+        if lacking := missing(NEEDS.get(name, ())):
             left_out(name, f"not installed: {', '.join(lacking)} (extra `benchmarks`)")
             continue
         peers[name] = Peer(name, images, threads)
@@ -182,6 +180,11 @@ def open_peers(names, images, threads, folder):
 
 
 def environment():
-    """The machine with the versions of what ran."""
+    """The machine with the versions of what ran, and the compiled engine's vector extension."""
+    from sklearn_sparseattn.inference.library import load
+
     names = ("torch", "onnxruntime", "openvino", "transformers")
-    return machine() | {"versions": {n: metadata.version(n) for n in names if not missing((n,))}}
+    versions = {n: metadata.version(n) for n in names if not missing((n,))}
+    library = load().library
+    engine = None if library is None else library.sparseattn_extension().decode()
+    return machine() | {"versions": versions, "engine": engine}

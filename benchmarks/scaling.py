@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from accuracy import names_of
 from memory_use import in_child
-from ours import cells, fitted, predicting
-from peers import Cnn, lenet, mobilenetv2, resnet50
+from ours import MAIN, cells, fitted, predicting, predicting_with
+from peers import TWINS, Cnn, lenet, mobilenetv2
 from report import put_into, record, recorded
 from runtimes import NEEDS, RUNTIMES, environment, left_out, missing, open_peers
 from skorch.callbacks import Callback
@@ -37,14 +37,8 @@ from sklearn_sparseattn.datasets import make_cells
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "scaling.json", HERE / "README.md"
 
-K_SHARE = 2146 / 135**2  # of the paper
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-BUILDERS = {
-    "mobilenetv2": (mobilenetv2, {}),
-    "resnet50": (resnet50, {}),
-    "resnet50_bf16": (resnet50, {"bfloat16": True}),  # as accuracy.py trains it
-    "lenet": (lenet, {}),
-}
+BUILDERS = {**TWINS, "mobilenetv2": mobilenetv2, "lenet": lenet}
 
 
 class Plan(NamedTuple):
@@ -120,18 +114,17 @@ def points(variants, plan, folder, others=()):
 
 
 def against_k(plan, peers, folder):
-    """Also MobileNetV2 in OpenVINO in float32, at 16 images in two streams: the bar for all pixels."""
+    """One fit, its k set at prediction; also the dense twin in OpenVINO in float32, batches of 32."""
     images, target = cells(32, plan.size)
     many = repeated(images, max(1, plan.pixels // plan.size**2))
-    variants = {}
+    clf, variants = fitted(images, target, MAIN), {}
     for share in plan.shares:
         k = max(1, round(share * plan.size**2))
-        variants[k] = fitted(images, target, k), many
+        variants[k] = predicting_with(clf, predict_k=k), many
     runtime, others = RUNTIMES["openvino"], {}
-    if "mobilenetv2" in peers and not missing((*runtime.needs, *NEEDS["mobilenetv2"])):
-        opened = open_peers(["mobilenetv2"], images, torch.get_num_threads(), folder)
-        streams = min(2, torch.get_num_threads())
-        others["mobilenetv2"] = runtime.open(opened["mobilenetv2"], 16, streams)
+    if "twin" in peers and not missing(runtime.needs):
+        opened = open_peers(["twin"], images, torch.get_num_threads(), folder)
+        others["twin"] = runtime.open(opened["twin"], 32, torch.get_num_threads())
     return points(variants, plan, folder, others)
 
 
@@ -141,7 +134,7 @@ def against_size(plan, peers, folder):
     variants = {}
     for size in plan.sizes:
         scaled = resized(images, size)
-        k = max(1, round(K_SHARE * size**2))
+        k = max(1, round(MAIN * size**2))
         clf = fitted(scaled, target, k, batch_size=2 if size > 256 else 12)
         variants[size**2] = clf, repeated(scaled, max(2, min(512, plan.pixels // size**2)))
     return points(variants, plan, folder)
@@ -150,7 +143,7 @@ def against_size(plan, peers, folder):
 def against_n(plan, peers, folder):
     """One memory map of all images; each process reads the first n."""
     images, target = cells(32, plan.size)
-    clf = fitted(images, target, max(1, round(K_SHARE * plan.size**2)))
+    clf = fitted(images, target, max(1, round(MAIN * plan.size**2)))
     joblib.dump(clf, folder / "clf.joblib")
     path, most = folder / "many.npy", max(plan.counts)
     mapped = np.lib.format.open_memmap(path, "w+", images.dtype, (most, *images.shape[1:]))
@@ -211,26 +204,25 @@ class ClockedCnn(Cnn):
 def clocked(model, images, target, epochs, batch_size, **params):
     """The clock of a fit, of ours or of a peer; a peer validates on two rows, beside the clock."""
     clock = BatchClock()
-    if model == "sparseattn":
+    if model == "tiles":
         options = {"max_epochs": epochs, "batch_size": batch_size, "random_state": 0, "callbacks": [clock]}
         SparseAttnClassifier(**options | params).fit(images, target)
     else:
-        build, options = BUILDERS[model]
-        peer = ClockedCnn(build, clock, max_epochs=epochs, batch_size=batch_size, **options)
+        peer = ClockedCnn(BUILDERS[model], clock, max_epochs=epochs, batch_size=batch_size)
         peer.fit(images, target, images[:2], target[:2])
     return clock
 
 
 def training_models(peers):
-    return ["sparseattn", *(name for name in peers if not missing(NEEDS[name.removesuffix("_bf16")]))]
+    return ["tiles", *(name for name in peers if not missing(NEEDS.get(name, ())))]
 
 
 def training(plan, peers, folder):
     """Images a second at a fixed k, from the median of the batches."""
     images, target = cells(64, plan.size)
-    k, found = max(1, round(K_SHARE * plan.size**2)), {}
+    k, found = max(1, round(MAIN * plan.size**2)), {}
     for model in training_models(peers):
-        ours = model == "sparseattn"
+        ours = model == "tiles"
         n = plan.batch_size * plan.batches[0 if ours else 1]
         held = {"k_init": k, "k_min": k, "k_max": k} if ours else {}
         many, classes = repeated(images, n), repeated(target, n)
@@ -256,7 +248,7 @@ def epoch(plan, peers, folder):
     bunch = make_cells(plan.epoch_images, modality="brightfield", image_size=plan.epoch_size, random_state=0)
     found = {}
     for model in training_models(peers):
-        clock = clocked(model, bunch.images, bunch.target, plan.epochs[0 if model == "sparseattn" else 1], 32)
+        clock = clocked(model, bunch.images, bunch.target, plan.epochs[0 if model == "tiles" else 1], 32)
         seconds = clock.epoch_seconds()
         found[model] = {"mean": float(np.mean(seconds)), "first": seconds[0], "last": seconds[-1]}
         print(f"epoch, {model}: {found[model]}", flush=True)
@@ -277,7 +269,7 @@ def measure(plan, only, peers, threads, again):
     """The sections that the file does not hold yet, each written as soon as it is done."""
     torch.set_num_threads(threads)
     for peer in peers:
-        if lacking := missing(NEEDS[peer.removesuffix("_bf16")]):
+        if lacking := missing(NEEDS.get(peer, ())):
             left_out(peer, f"not installed: {', '.join(lacking)} (extra `benchmarks`)")
     for name in only:
         if name in recorded(RESULTS) and not again:
@@ -325,7 +317,7 @@ def curve_table(name, run):
 
 def against_ours(values, more_is_faster):
     """How many times ours is as fast as each."""
-    ours = values["sparseattn"]
+    ours = values["tiles"]
     return {name: ours / v if more_is_faster else v / ours for name, v in values.items()}
 
 
@@ -358,7 +350,7 @@ def tables(results):
     """Markdown from the results, and from nothing else."""
     where = next((run["machine"] for run in results.values()), None)
     if where is None:
-        return "Machine: nothing measured yet."
+        return "Not measured yet."
     lines = [text for name in CURVES if name in results for text in curve_table(name, results[name])]
     lines += training_table(results)
     place = f"{where['processor']}, {where['threads']} threads, torch {where['torch']}"
@@ -385,9 +377,7 @@ def main(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", type=names_of(SECTIONS), default=list(SECTIONS), help="by commas")
-    parser.add_argument(
-        "--peers", type=names_of(BUILDERS), default=["mobilenetv2", "resnet50", "resnet50_bf16"]
-    )
+    parser.add_argument("--peers", type=names_of(BUILDERS), default=["twin", "mobilenetv2"])
     parser.add_argument("--threads", type=int, default=2, help="for ours and for the peers")
     parser.add_argument("--again", action="store_true", help="also what scaling.json holds")
     parser.add_argument("--quick", action="store_true", help="few small images: a trial, no measurement")

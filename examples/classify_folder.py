@@ -1,7 +1,7 @@
 """Learn your own images: a folder that holds one folder of images for each class.
 
-Prints a report by class on a fifth of the images, which the classifier has not seen, and how the
-number of pixels that it looks at came down.
+Prints a report by class on a fifth of the images, which the classifier has not seen, and how it found
+the number of pixels that it looks at.
 
     python examples/classify_folder.py FOLDER --image-size 64
     python examples/classify_folder.py FOLDER --image-size 128 --epochs 30 --gray --crop 200
@@ -17,6 +17,8 @@ from sklearn.model_selection import train_test_split
 
 from sklearn_sparseattn import SparseAttnClassifier
 from sklearn_sparseattn.datasets import load_image_folder
+
+COURSE = ("k", "loss_at_k", "loss_at_half_k", "train_loss")
 
 
 def parse(arguments):
@@ -64,12 +66,14 @@ def load(options):
 
 
 def print_course_of_k(clf, n_pixels, n_rows=10):
-    """Print k and the training loss for about `n_rows` of the epochs."""
-    print("epoch      k  share of pixels  training loss")
+    """Print k, the losses it is found by and the training loss for about `n_rows` of the epochs."""
+    print("epoch      k  share of pixels  loss with k  with k / 2  training loss")
     last = clf.n_iter_ - 1
     for i in np.unique(np.linspace(0, last, n_rows).round().astype(int)):
-        k, loss = clf.history_["k"][i], clf.history_["train_loss"][i]
-        print(f"{i + 1:>5}  {k:>5.0f}  {k / n_pixels:>15.1%}  {loss:>13.4f}")
+        k, at_k, at_half_k, loss = (clf.history_[name][i] for name in COURSE)
+        print(
+            f"{i + 1:>5}  {k:>5.0f}  {k / n_pixels:>15.1%}  {at_k:>11.4f}  {at_half_k:>10.4f}  {loss:>13.4f}"
+        )
 
 
 def main(arguments=None):

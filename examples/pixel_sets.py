@@ -1,7 +1,7 @@
 """Chosen pixels as features of scikit-learn's own classifiers: PixelSetTransformer in a Pipeline.
 
 Each image becomes its k best pixels, (x, y, value) each. What is best is the brightness, the gradient,
-or the coarse attention of a SparseAttnClassifier that was fitted before.
+or the coarse attention of a fitted SparseAttnClassifier.
 
     python examples/pixel_sets.py
 """

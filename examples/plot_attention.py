@@ -62,10 +62,9 @@ def main(n_samples=800, image_size=64, max_epochs=30, n_shown=3, folder="."):
         )
         save(display, file)
 
-        on_cell = cells.masks[n_train:].reshape(len(X_test), -1) > 0
-        pixels = clf.attention_maps(X_test).pixels
-        chosen = np.take_along_axis(on_cell, pixels, axis=1)
-        shares = (chosen, on_cell, in_frame.ravel()[pixels], in_frame)
+        on_cell = cells.masks[n_train:] > 0
+        chosen = clf.attention_maps(X_test).chosen
+        shares = (on_cell[chosen], on_cell, np.broadcast_to(in_frame, chosen.shape)[chosen], in_frame)
         numbers = [
             f"{share.mean():>{width}.0%}" for share, width in zip(shares, (14, 12, 15, 13), strict=True)
         ]

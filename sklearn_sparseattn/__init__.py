@@ -7,6 +7,7 @@ from .persistence import load_model, save_model
 from .pixel_set import PixelSetTransformer
 from .report import write_report
 from .training import DynamicK
+from .versions import show_versions
 
 __all__ = [
     "AttentionDisplay",
@@ -18,5 +19,6 @@ __all__ = [
     "export_onnx",
     "load_model",
     "save_model",
+    "show_versions",
     "write_report",
 ]

@@ -5,6 +5,8 @@ fitted estimator answers in `fitted`.
 """
 
 import copy
+import inspect
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -14,16 +16,17 @@ from .fitted import FittedNetwork, all_or_nothing
 from .images import PixelScale, learn_data_range, validate_images
 from .inference import resolve_device
 from .network import SparseAttnNet
-from .parameters import CONSTRAINTS
+from .parameters import CONSTRAINTS, PUBLISHED, check_together, needs_validation
 from .training.batches import Batches, LabelledImages, dihedral
 from .training.checkpoint import Checkpoint, fingerprint
-from .training.dynamic_k import EMA_DECAY, GROW, K_MAX, K_MIN, MOMENTUM, SHRINK, resolve_bounds
-from .training.fit import TrainingResult, TrainingSettings, join_histories, train
+from .training.counts import resolve_bounds
+from .training.dynamic_k import K_MAX, K_MIN, TOLERANCE, DynamicK
+from .training.fit import TrainingResult, TrainingSettings, given_rule, join_histories, train
 from .training.net import recompute_batch_norm
 from .training.setup import (
     class_weights,
+    k_defaults,
     label_images,
-    make_dynamic_k,
     make_generators,
     new_network,
     unique_labels,
@@ -34,30 +37,26 @@ from .training.split import validation_split
 class SparseAttnClassifier(FittedNetwork):
     """Classify images by the few per cent of their pixels that matter (SparseAttnNet [1]_).
 
-    A small convolutional network looks at the whole image once and scores every pixel. Only the k best go on
-    as tokens; an attention of linear cost pools them, and a small MLP classifies from these and from pooled
-    features of the first look. k falls while the training loss falls, and rises when that stalls.
+    A small convolutional network looks at the whole image once and scores it tile by tile. Only the best
+    tiles, of k pixels in all, go on. Deeper convolutions run between them alone, an attention of linear cost
+    pools them, and a small MLP classifies from these and from pooled features of the first look. k is
+    learned: it grows where more pixels lower the loss, and falls where they do not.
 
     Parameters
     ----------
-    k_init, k_min, k_max : int or float, default=8000/18225, 1500/18225, 1.0
+    k_init, k_min, k_max : int or float, default=8000/18225, 1, 1.0
         Number of chosen pixels at the start of training, and its bounds. An int is a number of pixels, above
-        H * W it means all; a float in (0, 1] is a share of the pixels of an image.
-    k_shrink, k_grow : int or float, default=0.035, 0.06
-        How far k is pulled down by an epoch of falling loss, and up otherwise; int or share as above.
-    ema_decay : float in [0, 1), default=0.85
-        Share of the past in the moving average of the loss that steers k (beta of eq. 21).
-    k_momentum : float in [0, 1), default=0.2
-        Share of itself that k keeps in a step (alpha of eq. 23).
-    k_update : {"epoch", "batch"}, default="epoch"
-        Move k once an epoch or after every batch. The default steps are meant for epochs.
-    variant : {"context", "paper"}, default="context"
-        What a token knows: position and values of its pixel, with "context" also the coarse features there;
-        and which pixels are chosen: the k highest scores, with "context" not all next to each other.
-    gate_init : float in (0, 1), default=0.5
-        With "context", the gates of tokens before training; later the sigmoid of their pixels' scores.
-    depth, kernel_size : {2, 3}, {3, 5, 7}, default=2, 3
-        Convolutions before pixels are scored; side of the first one. For holograms 3 and 7 are better.
+        H * W it means all; a float in (0, 1] is a share of the pixels of an image. Pixels are chosen by the
+        tile, at least one.
+    k_tolerance : float, default=0.001
+        Training loss, in nats, by which k must be better than half as many pixels to grow, see `DynamicK`.
+    predict_k : int or float, default=None
+        Number of pixels that a fitted estimator chooses, as `k_init`; read at prediction. None is `k_`.
+    variant : {"tiles", "paper"}, default="tiles"
+        What a token is: a tile of pixels with the coarse features around it, or a pixel, its position and
+        values, as printed in [1]_. `paper` has all of the published configuration.
+    size : {"default", "large"}, default="default"
+        Of the network with ``variant="tiles"``. "large" is for fine patterns, as in holograms; it is slower.
     embed_dim, n_heads, hidden_dim : int, default=32, 2, 128
         Length D of a token; heads of the fine attention, at most D; hidden width of the classifier, of which
         the paper has 512, more than fit into its own 0.05 M parameters.
@@ -67,13 +66,12 @@ class SparseAttnClassifier(FittedNetwork):
         Weight and temperature of the supervised contrastive loss.
     distillation_weight : float, default=0.02
         Weight of the loss by which the fine attention teaches the coarse one.
-    distillation_emphasis : float or None, default=2.0
-        Sharpness of the two distributions it compares; None takes the form printed in the paper.
     consistency_weight : float, default=0.0
-        Weight of a loss by which two views of each image get one answer; 1 with ``gate_init=0.88`` is
-        measured. `augment` makes the views: time and memory of a step come to up to twice as much.
-    lr, weight_decay : float, default=1e-2, 1e-4
-        Learning rate of AdamW, with "onecycle" its peak, and its weight decay.
+        Weight of the consistency loss: two augmented views of an image should get the same prediction. Needs
+        `augment`; a step takes up to twice the time and memory.
+    lr, weight_decay : float, default=1e-2, None
+        Learning rate of AdamW, with "onecycle" its peak, and its weight decay. None is 3 / (`lr` * steps of
+        the fit), counted as 300 at least: few steps need more of it for the same effect over a fit.
     lr_schedule : {"onecycle", "plateau"} or None, default="onecycle"
         "plateau" multiplies the rate by 0.9 after 5 epochs without gain, as in the paper.
     max_epochs : int, default=60
@@ -87,7 +85,7 @@ class SparseAttnClassifier(FittedNetwork):
     image_shape : (H, W) or (H, W, C), default=None
         Form if X is 2-D. None: square images if the number of features is a square, else images of one row.
     data_range : (lo, hi), default=None
-        Values of X that become 0 and 1. None learns them, see `data_range_`.
+        Values of X that become 0 and 1. None learns them.
     validation_fraction : float in (0, 1), default=0.2
         Share of the rows held out if early stopping or "plateau" needs them.
     early_stopping, patience : bool, int, default=False, 10
@@ -95,7 +93,8 @@ class SparseAttnClassifier(FittedNetwork):
     warm_start : bool, default=False
         Let `fit` go on from the network, k and data range of the last fit instead of new ones.
     callbacks : list of skorch callbacks, default=None
-        Further callbacks, or pairs (name, callback), used as they are; a DynamicK replaces the built-in one.
+        Further callbacks, or pairs (name, callback), used as they are. A DynamicK replaces the built-in one;
+        what it leaves at None is taken from `k_min`, `k_max` and `k_tolerance`.
     checkpoint_dir : str or path, default=None
         Folder to which `fit` writes its state after every epoch, see Notes. `partial_fit` writes nothing.
     n_jobs : int, default=None
@@ -121,13 +120,14 @@ class SparseAttnClassifier(FittedNetwork):
         Values that become 0 and 1: (0, 255) for uint8, (0, 1) for bool; for sparse data and data with
         negative values (0, max abs v), so that zero stays zero; otherwise the extremes of the training rows.
     k_ : int
-        Pixels chosen of each image.
+        Pixels chosen of each image: those of the chosen tiles.
     n_iter_ : int
         Epochs trained.
     history_ : dict of ndarray of shape (n_iter_,)
         By epoch: "epoch", "train_loss" and its terms "focal_loss", "contrastive_loss", "distillation_loss",
-        "consistency_loss" (unweighted; 0 if not used), "k", "lr", "duration" in seconds and, with validation
-        rows, "valid_loss" (focal) and "valid_score" (accuracy). ``pandas.DataFrame(history_)`` is a table.
+        "consistency_loss" (unweighted; 0 if not used), "k", the losses that it is found by, "loss_at_k" and
+        "loss_at_half_k" (not with the published rule; NaN in epochs without comparison), "lr", "duration" in
+        seconds and, with validation rows, "valid_loss" (focal) and "valid_score" (accuracy).
     network_ : SparseAttnNet
         The fitted PyTorch module. What predicts was made from it: to change it changes no answers.
 
@@ -140,14 +140,13 @@ class SparseAttnClassifier(FittedNetwork):
     X may be (n, features), dense or sparse, (n, H, W) or (n, H, W, C), of booleans, integers or floats; after
     `fit` the forms may be interchanged. An image's result does not depend on the rest of the call, to 1e-9.
 
-    A fit with a `checkpoint_dir` that was killed is taken up by the same call, from its last whole epoch, and
-    ends with the same bits as an undisturbed one (on the same machine and number of threads). The same call
-    has the same parameters, `n_jobs` and `verbose` aside, and the same images, labels and weights to the last
-    byte: the name of the file is made of them, so that many fits can share a folder and none takes up
-    another's; where the same fit runs already it is an error (on Windows it is not noticed). Functions count
-    by their names, and so do the versions of PyTorch and of this package. Of `callbacks`, state is kept of
-    EarlyStopping, LRScheduler and what has ``state_dict`` and ``load_state_dict``. With ``random_state=None``
-    the generators go on, too. A fit that is done removes its file; others leave it.
+    With a `checkpoint_dir`, a fit that was killed goes on from its last whole epoch when the same call comes
+    again, and ends with the same bits (on the same machine and number of threads). The same call has the same
+    parameters (`n_jobs` and `verbose` aside), images, labels and weights; functions count by their names. The
+    file is named after these and the versions of PyTorch and of this package, so that many fits can share a
+    folder. The same fit twice at a time is an error (on Windows it is not noticed). Of `callbacks`, state is
+    kept of EarlyStopping, LRScheduler and what has ``state_dict`` and ``load_state_dict``. With
+    ``random_state=None`` the generators go on, too. A fit that is done removes its file; others leave it.
 
     Ctrl-C after an epoch or more ends a fit with a warning and a usable estimator: with early stopping that
     of the best epoch so far, else that of the last whole one. Where numbers go wrong, a loss or weights that
@@ -177,15 +176,10 @@ class SparseAttnClassifier(FittedNetwork):
         k_init=8000 / 18225,
         k_min=K_MIN,
         k_max=K_MAX,
-        k_shrink=SHRINK,
-        k_grow=GROW,
-        ema_decay=EMA_DECAY,
-        k_momentum=MOMENTUM,
-        k_update="epoch",
-        variant="context",
-        gate_init=0.5,
-        depth=2,
-        kernel_size=3,
+        k_tolerance=TOLERANCE,
+        predict_k=None,
+        variant="tiles",
+        size="default",
         embed_dim=32,
         n_heads=2,
         hidden_dim=128,
@@ -194,10 +188,9 @@ class SparseAttnClassifier(FittedNetwork):
         contrastive_weight=0.1,
         temperature=0.07,
         distillation_weight=0.02,
-        distillation_emphasis=2.0,
         consistency_weight=0.0,
         lr=1e-2,
-        weight_decay=1e-4,
+        weight_decay=None,
         lr_schedule="onecycle",
         max_epochs=60,
         batch_size=32,
@@ -218,15 +211,10 @@ class SparseAttnClassifier(FittedNetwork):
         self.k_init = k_init
         self.k_min = k_min
         self.k_max = k_max
-        self.k_shrink = k_shrink
-        self.k_grow = k_grow
-        self.ema_decay = ema_decay
-        self.k_momentum = k_momentum
-        self.k_update = k_update
+        self.k_tolerance = k_tolerance
+        self.predict_k = predict_k
         self.variant = variant
-        self.gate_init = gate_init
-        self.depth = depth
-        self.kernel_size = kernel_size
+        self.size = size
         self.embed_dim = embed_dim
         self.n_heads = n_heads
         self.hidden_dim = hidden_dim
@@ -235,7 +223,6 @@ class SparseAttnClassifier(FittedNetwork):
         self.contrastive_weight = contrastive_weight
         self.temperature = temperature
         self.distillation_weight = distillation_weight
-        self.distillation_emphasis = distillation_emphasis
         self.consistency_weight = consistency_weight
         self.lr = lr
         self.weight_decay = weight_decay
@@ -255,6 +242,23 @@ class SparseAttnClassifier(FittedNetwork):
         self.device = device
         self.random_state = random_state
         self.verbose = verbose
+
+    @classmethod
+    def paper(cls, **params):
+        """Make an estimator with the published configuration.
+
+        Parameters
+        ----------
+        **params : parameters of SparseAttnClassifier
+            Those to set otherwise.
+
+        Returns
+        -------
+        SparseAttnClassifier
+            The published network, losses, rule of k and optimiser; the rest as by default.
+        """
+        rule = DynamicK.paper(k_min=None, k_max=None)
+        return cls(**{**PUBLISHED, "callbacks": [rule], **params})
 
     @all_or_nothing
     def fit(self, X, y, sample_weight=None, *, X_val=None, y_val=None):
@@ -279,7 +283,7 @@ class SparseAttnClassifier(FittedNetwork):
         Raises
         ------
         ValueError
-            If a parameter or the data cannot be used, or training diverges; the message says which and why.
+            If a parameter or the data cannot be used, a parameter has no effect, or training diverges.
         OSError
             If the checkpoint cannot be written; the last one is still there.
         """
@@ -290,7 +294,7 @@ class SparseAttnClassifier(FittedNetwork):
         if fresh:
             self.classes_ = unique_labels(y, "y")
             self.data_range_ = learn_data_range(images, self.data_range)
-        resolve_bounds(self.k_min, self.k_max, self._n_pixels)  # an error here costs nothing yet
+        self._check_bounds()
         target = self._encode(y)
         scale = PixelScale(self.data_range_)
         held_out = self._held_out_rows(X_val, y_val, scale)
@@ -298,7 +302,7 @@ class SparseAttnClassifier(FittedNetwork):
             rng, generator = make_generators(self.random_state)
             if checkpoint is not None:
                 checkpoint.begin(rng)
-            if held_out is None and self._needs_validation:
+            if held_out is None and needs_validation(self.get_params(deep=False)):
                 split = validation_split(target, self.validation_fraction, rng, required=self.early_stopping)
                 if split is not None:
                     kept, held = split
@@ -345,12 +349,7 @@ class SparseAttnClassifier(FittedNetwork):
         ValueError
             If `classes` is missing in the first call or differs later, or as in `fit`.
         """
-        self._check_params()
-        if isinstance(self.class_weight, str):
-            raise ValueError(
-                f"class_weight={self.class_weight!r} needs all rows at once, which partial_fit does not see: "
-                "give a dict of the weights by class."
-            )
+        self._check_params(in_parts=True)
         device = resolve_device(self.device)
         first = not hasattr(self, "network_")
         if first and classes is None:
@@ -361,7 +360,7 @@ class SparseAttnClassifier(FittedNetwork):
             self.data_range_ = learn_data_range(images, self.data_range)
         elif classes is not None and not np.array_equal(unique_labels(classes, "classes"), self.classes_):
             raise ValueError(f"classes={classes!r} differ from those of the first call, {self.classes_}.")
-        resolve_bounds(self.k_min, self.k_max, self._n_pixels)  # an error here costs nothing yet
+        self._check_bounds()
         training = label_images(images, self._encode(y), weight, PixelScale(self.data_range_))
 
         state = getattr(self, "_resume", None)
@@ -377,18 +376,18 @@ class SparseAttnClassifier(FittedNetwork):
         self._resume = result.resume
         return self
 
-    def _check_params(self) -> None:
+    def _check_params(self, *, in_parts: bool = False) -> None:
         self._validate_params()
-        if self.consistency_weight and self.augment is None:
-            raise ValueError(f"consistency_weight={self.consistency_weight!r} needs augment, as 'dihedral'.")
+        defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
+        of_the_rule = (given_rule(self.callbacks) or DynamicK()).own_parameters()
+        check_together(self.get_params(deep=False), defaults, of_the_rule, in_parts=in_parts)
 
-    @property
-    def _needs_validation(self) -> bool:
-        return self.early_stopping or self.lr_schedule == "plateau"
-
-    @property
-    def _n_pixels(self) -> int:
-        return self.image_shape_[0] * self.image_shape_[1]
+    def _check_bounds(self) -> None:
+        """Bounds of k that cannot be: an error before any work is lost."""
+        rule = given_rule(self.callbacks) or DynamicK()
+        k_min = self.k_min if rule.k_min is None else rule.k_min
+        k_max = self.k_max if rule.k_max is None else rule.k_max
+        resolve_bounds(k_min, k_max, math.prod(self.image_shape_[:2]))
 
     def _check_training_rows(self, X, y, sample_weight, *, reset):
         """Validate rows, labels and weights; drop the rows without weight."""
@@ -434,7 +433,7 @@ class SparseAttnClassifier(FittedNetwork):
             training,
             held_out,
             settings,
-            dynamic_k=make_dynamic_k(params, self._n_pixels),
+            k_defaults=k_defaults(params, network, self.image_shape_),
             class_weight=class_weights(self.class_weight, self.classes_, training),
             augment=dihedral if self.augment == "dihedral" else self.augment,
             rng=rng,
@@ -444,7 +443,7 @@ class SparseAttnClassifier(FittedNetwork):
 
     def _finish(self, network: SparseAttnNet, result: TrainingResult, fresh: bool) -> None:
         self.network_ = network
-        self.k_ = network.n_chosen(self._n_pixels)
+        self.k_ = network.k_of(*self.image_shape_[:2])
         self.history_ = result.history if fresh else join_histories(self.history_, result.history)
         self.n_iter_ = len(self.history_["epoch"])
         self._make_ready()

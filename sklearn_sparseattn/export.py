@@ -1,34 +1,33 @@
 """A fitted classifier as an ONNX model: images as the user has them in, probabilities out.
 
-Needs onnx (extra ``onnx``). The graph is written node by node; all sizes but the number of images are static,
-and batch norms are folded into the linear layers before them. After a convolution they stay, and a Clip that
-changes nothing keeps the runtimes from folding them: where they magnify, the rounding of the folded weights,
-the same in all cells, would be most of the error.
+Needs onnx (extra ``onnx``). The graph is written node by node. All sizes but the number of images are static,
+and batch norms are folded into the layers before them.
 """
 
 import copy
 import json
+import math
 import os
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from sklearn.utils.validation import check_is_fitted
-from torch import nn
 
 from .classifier import SparseAttnClassifier
 from .files import resolve_target, write_whole
 from .images import ImageShape
 from .inference import is_plain
-from .network import SparseAttnNet
 from .network.fine import EPSILON
+from .network.selection import LEAST, n_closing
+from .parameters import capped, to_pixels
 from .persistence import plain_labels
 
 _DTYPES = ("uint8", "uint16", "float32")
-_BLOCK = 64  # tokens
 _OPSET, _IR_VERSION = 18, 8  # of 2022: runtimes of all platforms know them
+
+Size = tuple[int, int]  # rows and columns
 
 
 def export_onnx(
@@ -38,13 +37,13 @@ def export_onnx(
 
     The input ``images`` of any number n of images is (n, H, W), in colour (n, H, W, C), in the units of the
     training images; the output ``probabilities`` is (n, n_classes), float32. The metadata of the model holds
-    ``classes``, ``image_shape`` (H, W, C), ``data_range`` and ``k``, as JSON. The file is written whole or
-    not at all.
+    ``classes``, ``image_shape`` (H, W, C), ``data_range``, ``tile`` (pixels along its side) and ``n_tiles``
+    (chosen of each image), as JSON. The file is written whole or not at all.
 
     Parameters
     ----------
     estimator : SparseAttnClassifier
-        Fitted, on whatever device.
+        Fitted, on whatever device. Its `predict_k` at this moment counts.
     path : str or path
         Of the file, by custom with the ending ".onnx", which is not added.
     dtype : {"uint8", "uint16", "float32"}, default=None
@@ -59,8 +58,8 @@ def export_onnx(
     ImportError
         If onnx is not installed.
     ValueError
-        If `dtype` is another one, layers of ``network_`` were replaced, it comes from a model file of version
-        2, or the labels are neither numbers of up to 64 bits nor text, dates for one.
+        If `dtype` is another one, layers of ``network_`` were replaced, or the labels are neither numbers of
+        up to 64 bits nor text, dates for one.
     OSError
         If the file cannot be written, for a full disk for one.
 
@@ -71,9 +70,10 @@ def export_onnx(
     Notes
     -----
     A runtime adds in another order than this package does, so that probabilities differ in their last digits.
-    Where the scores of two pixels differ by less than that, too, the other one may be chosen. A runtime that
-    rounds to half precision by itself, as OpenVINO does on some processors, is to be told not to
-    (``{"INFERENCE_PRECISION_HINT": "f32"}``). NaN and images in other units are not looked for.
+    With ``variant="paper"``, where the scores of two pixels differ by less than that, the other one may be
+    chosen. A runtime that rounds to half precision by itself, as OpenVINO does on some processors, must be
+    told not to (``{"INFERENCE_PRECISION_HINT": "f32"}``). The model does not look for NaN, or for images in
+    other units.
 
     Examples
     --------
@@ -90,7 +90,7 @@ def export_onnx(
     if not isinstance(estimator, SparseAttnClassifier):
         raise TypeError(f"export_onnx takes a SparseAttnClassifier, not {type(estimator).__name__}.")
     check_is_fitted(estimator, "network_")
-    data_range = estimator.data_range_
+    shape, data_range = estimator.image_shape_, estimator.data_range_
     if dtype is None:
         dtype = "uint8" if tuple(data_range) == (0, 255) else "float32"
     if dtype not in _DTYPES:
@@ -102,23 +102,25 @@ def export_onnx(
     network: Any = copy.deepcopy(estimator.network_).cpu()
     if not is_plain(network):
         raise ValueError("network_ is not as the fit made it: a replaced layer cannot be exported.")
-    if network.form["margins"]:
-        raise ValueError("a classifier from a model file of version 2 cannot be exported: fit it again.")
     try:
         import onnx
     except ImportError as error:
         raise ImportError("export_onnx needs onnx: pip install 'sklearn-sparseattn[onnx]'") from error
 
+    k = estimator.predict_k
+    k = None if k is None else to_pixels(capped(k, shape[0] * shape[1]), network.area_of(*shape[:2]))
+    n_chosen = network.n_chosen(math.prod(network.grid_of(*shape[:2])), k)
     graph = _Graph(onnx)
-    shape = estimator.image_shape_
-    probabilities = _network(graph, network.double().eval(), _scaled(graph, shape, data_range), shape)
+    images = _scaled(graph, shape, data_range)
+    probabilities = _probabilities(graph, network.double().eval(), images, shape, n_chosen)
     own = ["n", *(shape[:2] if shape[2] == 1 else shape)]
     model = graph.finish(dtype, own, probabilities, len(estimator.classes_))
     facts = {
         "classes": labels,
         "image_shape": shape,
         "data_range": data_range,
-        "k": estimator.k_,
+        "tile": network.tile,
+        "n_tiles": n_chosen,
     }
     onnx.helper.set_model_props(model, {name: json.dumps(fact) for name, fact in facts.items()})
     onnx.checker.check_model(model, full_check=True)
@@ -153,7 +155,7 @@ class _Graph:
         """Values @ weight.T + bias."""
         return self.add("Add", self.add("MatMul", values, self.constant(weight.T)), self.constant(bias))
 
-    def convolve(self, maps: str, weight: Any, bias: Any, stride: int) -> str:
+    def convolve(self, maps: str, weight: Any, bias: Any, stride: int = 1) -> str:
         size = weight.shape[2]
         return self.add(
             "Conv",
@@ -163,11 +165,32 @@ class _Graph:
             strides=[stride, stride],
         )
 
-    def rows_of(self, maps: str, n_channels: int, n_cells: int, cells: str) -> str:
-        """Features (n, k, channels) of maps (n, channels, h, w) at cells (n, k)."""
-        flat = self.add("Reshape", maps, self.whole(-1, n_channels, n_cells))
-        table = self.add("Transpose", flat, perm=[0, 2, 1])
-        return self.add("GatherND", table, self.add("Unsqueeze", cells, self.whole(-1)), batch_dims=1)
+    def sum(self, values: str) -> str:
+        """Sum over the last axis, which stays."""
+        return self.add("ReduceSum", values, self.whole(-1), keepdims=1)
+
+    def running_sum(self, counts: str) -> str:
+        """Of (n, N), along the last axis."""
+        return self.add("CumSum", counts, self.constant(1, np.int64))
+
+    def counts(self, flags: str) -> str:
+        """Booleans as int64."""
+        return self.add("Cast", flags, to=self.onnx.TensorProto.INT64)
+
+    def column(self, values: str, place: int) -> str:
+        """(n, N) -> (n, 1)."""
+        return self.add("Gather", values, self.whole(place), axis=1)
+
+    def table(self, maps: str, before: int = 0, after: Size = (0, 0)) -> str:
+        """(n, channels, rows, columns), with zeros before and after each axis -> (n, cells, channels)."""
+        if before or any(after):
+            maps = self.add("Pad", maps, self.whole(0, 0, before, before, 0, 0, *after))
+        flat = self.add("Reshape", maps, self.whole(0, 0, -1))
+        return self.add("Transpose", flat, perm=[0, 2, 1])
+
+    def rows_of(self, table: str, index: str) -> str:
+        """Of each image's table (n, N) or (n, N, channels), the rows at index (n, ...)."""
+        return self.add("GatherND", table, self.add("Unsqueeze", index, self.whole(-1)), batch_dims=1)
 
     def finish(self, dtype: str, shape: list[Any], output: str, n_classes: int) -> Any:
         helper, kinds = self.onnx.helper, self.onnx.TensorProto
@@ -199,216 +222,188 @@ def _scaled(graph: _Graph, shape: ImageShape, data_range: tuple[float, float]) -
     """Images (n, C, H, W), about in [0, 1]."""
     low, high = data_range
     images = graph.add("Cast", "images", to=graph.onnx.TensorProto.FLOAT)
-    for part in (np.float32(low), low - float(np.float32(low))):  # which float32 cannot hold as one
-        if part:
-            images = graph.add("Sub", images, graph.constant(part))
-    images = graph.add("Div", images, graph.constant(high - low))
+    images = graph.add("Sub", images, graph.constant(low))
+    # Not a division: a runtime may make it a product with a rounded factor, an error of the same sign in all
+    # pixels. With a factor of 8 bits the product is exact for integers, and the rest of the factor is small.
+    factor = 1 / (high - low)
+    mantissa, exponent = math.frexp(factor)
+    main = math.ldexp(round(mantissa * 2**8), exponent - 8)
+    parts = [graph.add("Mul", images, graph.constant(part)) for part in (main, factor - main)]
+    images = graph.add("Add", *parts)
+    if rest := float(np.float32(low)) - low:  # what float32 cannot hold of `low`
+        images = graph.add("Add", images, graph.constant(rest * factor))
     if shape[2] == 1:
         return graph.add("Unsqueeze", images, graph.whole(1))
     return graph.add("Transpose", images, perm=[0, 3, 1, 2])
 
 
-def _network(graph: _Graph, network: Any, images: str, shape: ImageShape) -> str:
-    """Probabilities (n, n_classes)."""
-    height, width, n_channels = shape
-    n_pixels = height * width
-    coarse, embedding = network.coarse, network.embedding
-    above = graph.add("Sub", images, graph.constant(_array(coarse.background)))
-    maps, sizes = _coarse_maps(graph, coarse, above, shape)
-    scores = _scores(graph, coarse, maps[1], sizes[1], shape)
-    flat = graph.add("Reshape", scores, graph.whole(-1, n_pixels))
-    spread = _array(network.ranks(torch.zeros(1, height, width))).reshape(1, -1)
-    ranks = graph.add("Add", flat, graph.constant(spread))
-    is_chosen, pixels = _chosen(graph, ranks, network.n_chosen(n_pixels))
-    rows = graph.add("Div", pixels, graph.whole(width))
-    columns = graph.add("Sub", pixels, graph.add("Mul", rows, graph.whole(width)))
-    places = [
-        graph.add("Gather", graph.constant((2 * np.arange(size) + 1) / size - 1), at)
-        for at, size in ((columns, width), (rows, height))
-    ]
-    places = [graph.add("Unsqueeze", place, graph.whole(-1)) for place in places]
-    values = graph.rows_of(images, n_channels, n_pixels, pixels)
-    tokens = graph.add("Concat", *places, values, axis=2)
-    hidden = graph.linear(tokens, _array(embedding.first.weight), _array(embedding.first.bias))
-    if network.context is None:
-        hidden = graph.add("Relu", hidden)
+def _probabilities(graph: _Graph, network: Any, images: str, shape: ImageShape, n_chosen: int) -> str:
+    """Probabilities (n, n_classes) of images (n, C, H, W), by their `n_chosen` best tiles."""
+    size = network.grid_of(*shape[:2])
+    early, middle, deep = _coarse_maps(graph, network.coarse, images)
+    score = network.coarse.score
+    scores = graph.convolve(middle, _array(score.weight), _array(score.bias))
+    if network.embedding is not None:
+        scores = _between_cells(graph, scores, network.coarse.steps[1], size)
+    scores = graph.add("Reshape", scores, graph.whole(0, -1))
+    best, is_chosen, tiles = _choose(graph, scores, n_chosen, math.prod(size))
+    rows, columns = ((2 * np.arange(n) + 1) / n - 1 for n in size)
+    places = np.stack([np.tile(columns, len(rows)), np.repeat(rows, len(columns))], axis=1)
+    place = graph.add("Gather", graph.constant(places), tiles)
+    pooled = [_pooled(graph, deep)]
+    if network.embedding is not None:
+        first, out = network.embedding.first, network.embedding.out
+        pixels = graph.add("Concat", place, graph.rows_of(graph.table(images), tiles), axis=2)
+        tokens = graph.add("Relu", graph.linear(pixels, _array(first.weight), _array(first.bias)))
     else:
-        parts = zip(maps, sizes, coarse.steps, network.context.kernels(), strict=True)
-        for features, cells, step, kernel in parts:
-            around = _around(graph, features, cells, step, _array(kernel), (rows, columns), shape)
-            hidden = graph.add("Add", hidden, around)
-        gates = graph.add("Sigmoid", flat)
-        if network.form["margin"] and network.n_chosen(n_pixels) < n_pixels:
-            gates = graph.add("Mul", gates, _open_parts(graph, ranks, is_chosen, network.form["margin"]))
-        gates = graph.add("Unsqueeze", graph.add("GatherElements", gates, pixels, axis=1), graph.whole(-1))
-        hidden = graph.add("Mul", graph.add("Relu", hidden), gates)
-
-    pooled = _pooled(graph, maps[-1], sizes[-1][1])
-    fused = graph.add("Concat", _fine(graph, network, hidden, n_pixels), pooled, axis=1)
-    first = graph.add("Relu", graph.linear(fused, *_folded(*network.fusion.first[:2])))
+        out, stride = network.tokens.out, network.tokens.stride
+        n_early = (-(-n // network.coarse.steps[0]) for n in shape[:2])
+        missing = tuple(stride * n - n_cells for n, n_cells in zip(size, n_early, strict=True))
+        tables = graph.table(middle, 1, (1, 1)), graph.table(early, 0, missing)
+        gates = _gates(graph, scores, best, tiles, n_chosen, math.prod(size))
+        tokens = _tile_tokens(graph, network.tokens, place, *tables, is_chosen, tiles, gates, size)
+        pooled.insert(0, graph.add("ReduceMax", tokens, graph.whole(1), keepdims=0))
+    tokens = graph.linear(tokens, _array(out.weight), _array(out.bias))
+    features = graph.add("Concat", _fine(graph, network, tokens, n_chosen), *pooled, axis=1)
+    first = graph.add("Relu", graph.linear(features, *_folded(*network.fusion.first[:2])))
     more = graph.add("Relu", graph.linear(first, *_folded(*network.fusion.residual[:2])))
-    out = network.fusion.out
-    logits = graph.linear(graph.add("Add", first, more), _array(out.weight), _array(out.bias))
+    last = network.fusion.out
+    logits = graph.linear(graph.add("Add", first, more), _array(last.weight), _array(last.bias))
     return graph.add("Softmax", logits, axis=1)
 
 
-def _affine(norm: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Batch norm as factor and bias."""
-    factor = _array(norm.weight) / np.sqrt(_array(norm.running_var) + norm.eps)
-    return factor, _array(norm.bias) - _array(norm.running_mean) * factor
-
-
 def _folded(layer: Any, norm: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Weight and bias of a linear layer with its batch norm."""
-    factor, bias = _affine(norm)
-    return _array(layer.weight) * factor[:, None], bias
+    """Weight and bias of a layer without bias, with the batch norm after it."""
+    factor = _array(norm.weight) / np.sqrt(_array(norm.running_var) + norm.eps)
+    bias = _array(norm.bias) - _array(norm.running_mean) * factor
+    return (_array(layer.weight).T * factor).T, bias
 
 
-def _coarse_maps(
-    graph: _Graph, coarse: Any, images: str, shape: ImageShape
-) -> tuple[list[str], list[tuple[int, int]]]:
-    """Features after each stage, and how many cells they have."""
-    maps, sizes = [], []
-    here, (n_rows, n_columns, _) = images, shape
-    for stage in coarse.stages():
+def _coarse_maps(graph: _Graph, coarse: Any, images: str) -> list[str]:
+    """Features after each stage: early, middle, and the last one again or the deep one."""
+    stages = [[coarse.early], [coarse.middle], [] if coarse.deep is None else coarse.deep]
+    here = graph.add("Sub", images, graph.constant(_array(coarse.background)))
+    maps = []
+    for stage in stages:
         for convolution, norm, _ in stage:
-            stride = convolution.stride[0]
-            factor, bias = (part.reshape(-1, 1, 1) for part in _affine(norm))
-            here = _by_rows(graph, here, _array(convolution.weight), stride)
-            here = graph.add("Clip", here, graph.constant(-3e38), graph.constant(3e38))
-            here = graph.add("Add", graph.add("Mul", here, graph.constant(factor)), graph.constant(bias))
+            here = graph.convolve(here, *_folded(convolution, norm), convolution.stride[0])
             here = graph.add("Relu", here)
-            n_rows, n_columns = (n_rows - 1) // stride + 1, (n_columns - 1) // stride + 1
         maps.append(here)
-        sizes.append((n_rows, n_columns))
-    return maps, sizes
+    return maps
 
 
-def _by_rows(graph: _Graph, maps: str, weight: np.ndarray, stride: int) -> str:
-    """Convolution; each row of the kernel is summed by itself, which loses fewer digits."""
-    size = weight.shape[2]
-    rows = [weight * (np.arange(size) == row)[:, None] for row in range(size)]
-    total, *others = (graph.convolve(maps, row, np.zeros(len(weight)), stride) for row in rows)
-    for other in others:
-        total = graph.add("Add", total, other)
-    return total
-
-
-def _scores(graph: _Graph, coarse: Any, middle: str, size: tuple[int, int], shape: ImageShape) -> str:
-    """Scores (n, H, W): those of the cells, and linearly between them.
+def _between_cells(graph: _Graph, cells: str, step: int, size: Size) -> str:
+    """Scores (n, 1, H, W) of pixels: those of the cells (n, 1, h, w), and linearly between them.
 
     Written as u + t (v - u): where u = v that is u in floating point, too, and equal scores stay equal.
     """
-    scored = graph.convolve(middle, _array(coarse.score.weight), _array(coarse.score.bias), 1)
-    scores = graph.add("Squeeze", scored, graph.whole(1))
-    step = coarse.steps[1]
-    for axis, (n_cells, n_pixels) in enumerate(zip(size, shape[:2], strict=True), start=1):
+    for axis, n_pixels in enumerate(size, start=2):
         at = np.arange(n_pixels)
         here, following = (
-            graph.add("Gather", scores, graph.constant(np.minimum(cells, n_cells - 1), np.int64), axis=axis)
-            for cells in (at // step, at // step + 1)
+            graph.add("Gather", cells, graph.constant(np.minimum(cell, at[-1] // step), np.int64), axis=axis)
+            for cell in (at // step, at // step + 1)
         )
-        part = (at % step / step).reshape(-1, *[1] * (2 - axis))
+        part = (at % step / step).reshape(-1, *[1] * (3 - axis))
         slope = graph.add("Sub", following, here)
-        scores = graph.add("Add", here, graph.add("Mul", graph.constant(part), slope))
-    return scores
+        cells = graph.add("Add", here, graph.add("Mul", graph.constant(part), slope))
+    return cells
 
 
-def _open_parts(graph: _Graph, ranks: str, is_chosen: str, margin: float) -> str:
-    """How far gates (n, N) are open: by how far above those not chosen, see `SparseAttnNet`."""
-    others = graph.add("Where", is_chosen, graph.constant(-3e38), ranks)
-    above = graph.add("Sub", ranks, graph.add("ReduceMax", others, graph.whole(1), keepdims=1))
-    above = graph.add("Div", above, graph.constant(margin))
-    return graph.add("Clip", above, graph.constant(0), graph.constant(1))
+def _choose(graph: _Graph, scores: str, n_chosen: int, n_tiles: int) -> tuple[str, str, str]:
+    """Choose the highest of scores (n, N), of equal ones the first, as `select_pixels` does.
 
-
-def _chosen(graph: _Graph, scores: str, k: int) -> tuple[str, str]:
-    """Of ranks (n, N) the k highest, of equal ones the first: who they are, and ascending indices (n, k).
-
-    As `select_pixel_set` does it: the indices that TopK gives are not in this order in all runtimes.
+    Gives the scores of the chosen ones from the highest down, and the next one if there is one; who is chosen
+    (n, N); and their indices (n, n_chosen), ascending. TopK orders equal ones otherwise in some runtimes.
     """
-    whole = {"to": graph.onnx.TensorProto.INT64}
-    best, _ = graph.add("TopK", scores, graph.whole(k), axis=1, n_outputs=2)
-    threshold = graph.add("ReduceMin", best, graph.whole(1), keepdims=1)
+    best, _ = graph.add("TopK", scores, graph.whole(min(n_chosen + 1, n_tiles)), axis=1, n_outputs=2)
+    threshold = graph.column(best, n_chosen - 1)
     above = graph.add("Greater", scores, threshold)
     tied = graph.add("Equal", scores, threshold)
-    room = graph.add("Sub", graph.whole(k), _sum(graph, graph.add("Cast", above, **whole)))
-    order = graph.add("CumSum", graph.add("Cast", tied, **whole), graph.constant(1, np.int64))
-    first = graph.add("And", tied, graph.add("LessOrEqual", order, room))
-    is_chosen = graph.add("Or", above, first)
-    indices = graph.add("NonZero", is_chosen)
-    pixels = graph.add("Gather", indices, graph.constant(1, np.int64), axis=0)
-    return is_chosen, graph.add("Reshape", pixels, graph.whole(-1, k))
+    room = graph.add("Sub", graph.whole(n_chosen), graph.sum(graph.counts(above)))
+    first = graph.add("LessOrEqual", graph.running_sum(graph.counts(tied)), room)
+    is_chosen = graph.add("Or", above, graph.add("And", tied, first))
+    indices = graph.add("Gather", graph.add("NonZero", is_chosen), graph.constant(1, np.int64), axis=0)
+    return best, is_chosen, graph.add("Reshape", indices, graph.whole(-1, n_chosen))
 
 
-def _around(
+def _gates(graph: _Graph, scores: str, best: str, tiles: str, n_chosen: int, n_tiles: int) -> str:
+    """Gates (n, n_chosen, 1) of the chosen tiles, see `SparseAttnNet`."""
+    own = graph.add("GatherElements", scores, tiles, axis=1)
+    gates = graph.add("Sigmoid", own)
+    if n_chosen < n_tiles:  # see `openness`
+        left = graph.column(best, n_chosen)
+        width = graph.add("Sub", graph.column(best, max(n_chosen - 1 - n_closing(n_chosen), 0)), left)
+        width = graph.add("Max", width, graph.constant(LEAST))
+        openness = graph.add("Div", graph.add("Sub", own, left), width)
+        gates = graph.add("Mul", gates, graph.add("Min", openness, graph.constant(1)))
+    return graph.add("Unsqueeze", gates, graph.whole(-1))
+
+
+def _tile_tokens(
     graph: _Graph,
-    features: str,
-    size: tuple[int, int],
-    step: int,
-    weight: np.ndarray,
-    pixels: tuple[str, str],
-    shape: ImageShape,
+    tile_tokens: Any,
+    place: str,
+    of_middle: str,
+    of_early: str,
+    is_chosen: str,
+    tiles: str,
+    gates: str,
+    size: Size,
 ) -> str:
-    """3x3 convolution of a map at the cells nearest to the pixels, see `TokenContext`."""
-    nearest = []
-    for n, n_cells, at in zip(shape[:2], size, pixels, strict=True):
-        table = np.minimum((np.arange(n) + step // 2) // step, n_cells - 1)
-        nearest.append(graph.add("Gather", graph.constant(table, np.int64), at))
-    cells = graph.add("Add", graph.add("Mul", nearest[0], graph.whole(size[1])), nearest[1])
-    convolved = graph.convolve(features, weight, np.zeros(len(weight)), 1)
-    return graph.rows_of(convolved, len(weight), size[0] * size[1], cells)
+    """Tokens (n, n_chosen, D), see `TileTokens`; the maps are tables of cells, with those beyond tiles."""
+    height, width = size
+
+    def windows(side: int, step: int, n_columns: int) -> str:
+        """Raster indices (n, n_chosen, side * side) of windows that begin at tile * step."""
+        rows, columns = (step * np.arange(n)[:, np.newaxis] + np.arange(side) for n in size)
+        index = rows[:, np.newaxis, :, np.newaxis] * n_columns + columns[np.newaxis, :, np.newaxis]
+        return graph.add("Gather", graph.constant(index.reshape(-1, side**2), np.int64), tiles)
+
+    def seen(table: str, index: str) -> str:
+        return graph.add("Reshape", graph.rows_of(table, index), graph.whole(0, 0, -1))
+
+    stride = tile_tokens.stride
+    around, under = windows(3, 1, width + 2), windows(stride, stride, width * stride)
+    norm, *norms = tile_tokens.norms
+    known = graph.add("Concat", place, seen(of_middle, around), seen(of_early, under), axis=2)
+    tokens = graph.add("Relu", graph.linear(known, *_folded(tile_tokens.first, norm)))
+    tokens = graph.add("Mul", tokens, gates)
+    # Where the neighbours are in the table of tokens, whose row 0 is zero: that of tiles not chosen.
+    counts = graph.counts(is_chosen)
+    slots = graph.add("Mul", graph.running_sum(counts), counts)
+    slots = graph.add("Reshape", slots, graph.whole(-1, height, width))
+    slots = graph.add("Pad", slots, graph.whole(0, 1, 1, 0, 1, 1))
+    near = graph.rows_of(graph.add("Reshape", slots, graph.whole(0, -1)), around)
+    for layer, norm in zip(tile_tokens.layers, norms, strict=True):
+        table = graph.add("Pad", tokens, graph.whole(0, 1, 0, 0, 0, 0))
+        more = graph.add("Relu", graph.linear(seen(table, near), *_folded(layer, norm)))
+        tokens = graph.add("Add", tokens, graph.add("Mul", more, gates))
+    return tokens
 
 
-def _fine(graph: _Graph, network: SparseAttnNet, hidden: str, n_pixels: int) -> str:
-    """z_fine (n, D) of tokens before the last layer of the embedding, see `FineAttention`."""
-    fine, out, norm = network.fine, network.embedding.out, network.fine_norm
-    weight, bias, query, cls_key = (_array(part) for part in fine.fold(out))
-    k = network.n_chosen(n_pixels)
-    keys = _in_blocks(graph, graph.add("Relu", graph.linear(hidden, weight, bias)), k, len(weight))
-    hidden = _in_blocks(graph, hidden, k, out.in_features)
-    of_keys = graph.add("MatMul", graph.constant(np.ones((1, _BLOCK))), keys)
-    of_keys = graph.add("ReduceSum", of_keys, graph.whole(1, 2), keepdims=0)
-    total = graph.add("Add", of_keys, graph.constant(k * EPSILON + cls_key))
-    readout = graph.add("Div", graph.constant(query), total)
-    offset = graph.add("Mul", _sum(graph, readout), graph.constant(EPSILON))
-
-    weights = graph.add("MatMul", keys, graph.add("Unsqueeze", readout, graph.whole(1, 3)))
-    weights = graph.add("Add", weights, graph.add("Unsqueeze", offset, graph.whole(1, 3)))
-    weights = graph.add("Transpose", weights, perm=[0, 1, 3, 2])
-    pooled = graph.add("ReduceSum", graph.add("MatMul", weights, hidden), graph.whole(1, 2), keepdims=0)
-    pooled = graph.add("MatMul", pooled, graph.constant(_array(out.weight).T))
-    of_all = _sum(graph, graph.add("Mul", readout, of_keys))
-    of_all = graph.add("Add", of_all, graph.add("Mul", offset, graph.constant(k)))
-    of_cls = _sum(graph, graph.add("Mul", readout, graph.constant(cls_key)))
-    for factor, vector in ((of_all, _array(out.bias)), (of_cls, _array(fine.cls_token)[0, 0])):
-        pooled = graph.add("Add", pooled, graph.add("Mul", factor, graph.constant(vector)))
-    z_fine = graph.add("MatMul", pooled, graph.constant(_array(fine.value.weight).T))
-    if not isinstance(norm, nn.LayerNorm):
-        return z_fine
+def _fine(graph: _Graph, network: Any, tokens: str, n_tokens: int) -> str:
+    """Normalised z_fine (n, D) of tokens (n, n_tokens, D), see `FineAttention`."""
+    fine, norm = network.fine, network.fine_norm
+    weight, _, query, cls_key = fine.fold(None)
+    keys = graph.add("Relu", graph.add("MatMul", tokens, graph.constant(_array(weight).T)))
+    total = graph.add("ReduceSum", keys, graph.whole(1), keepdims=1)
+    total = graph.add("Add", total, graph.constant(n_tokens * EPSILON + _array(cls_key)))
+    readout = graph.add("Div", graph.constant(_array(query)), total)  # (n, 1, width)
+    weights = graph.add("MatMul", readout, graph.add("Transpose", keys, perm=[0, 2, 1]))
+    weights = graph.add("Add", weights, graph.add("Mul", graph.sum(readout), graph.constant(EPSILON)))
+    of_cls = graph.sum(graph.add("Mul", readout, graph.constant(_array(cls_key))))
+    of_cls = graph.add("Mul", of_cls, graph.constant(_array(fine.cls_token)))
+    pooled = graph.add("Add", graph.add("MatMul", weights, tokens), of_cls)
+    z_fine = graph.add(
+        "MatMul", graph.add("Squeeze", pooled, graph.whole(1)), graph.constant(_array(fine.value.weight).T)
+    )
     of_norm = [graph.constant(_array(part)) for part in (norm.weight, norm.bias)]
     return graph.add("LayerNormalization", z_fine, *of_norm, axis=-1, epsilon=norm.eps)
 
 
-def _in_blocks(graph: _Graph, tokens: str, k: int, width: int) -> str:
-    """(n, k, width) -> (n, blocks, _BLOCK, width), filled up with zeros.
-
-    Sums of thousands of float32 lose digits where a runtime adds one after the other; so blocks come first.
-    """
-    n_blocks = -(-k // _BLOCK)
-    tokens = graph.add("Pad", tokens, graph.whole(0, 0, 0, 0, n_blocks * _BLOCK - k, 0))
-    return graph.add("Reshape", tokens, graph.whole(-1, n_blocks, _BLOCK, width))
-
-
-def _sum(graph: _Graph, values: str) -> str:
-    """Sum (n, 1) over the last axis."""
-    return graph.add("ReduceSum", values, graph.whole(-1), keepdims=1)
-
-
-def _pooled(graph: _Graph, maps: str, n_columns: int) -> str:
+def _pooled(graph: _Graph, maps: str) -> str:
     """Mean and maximum of each channel, (n, 2 * channels)."""
-    # By rows first: sums of thousands of float32 lose digits.
-    means = graph.add("MatMul", maps, graph.constant(np.full((n_columns, 1), 1 / n_columns)))
-    means = graph.add("ReduceMean", means, graph.whole(2, 3), keepdims=0)
-    most = graph.add("ReduceMax", maps, graph.whole(2, 3), keepdims=0)
-    return graph.add("Concat", means, most, axis=1)
+    mean, most = (
+        graph.add(kind, maps, graph.whole(2, 3), keepdims=0) for kind in ("ReduceMean", "ReduceMax")
+    )
+    return graph.add("Concat", mean, most, axis=1)

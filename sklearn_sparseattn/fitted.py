@@ -5,6 +5,7 @@ Nothing is fitted here. `SparseAttnClassifier` adds the parameters and the fit.
 
 import copy
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
@@ -30,9 +31,7 @@ from .inference import (
     run,
 )
 from .network import SparseAttnNet, SparseAttnOutput
-
-# What networks were that were kept before they had these parameters.
-_FIRST_FORM: dict[str, Any] = {"separable": False, "spread": 0.0, "margin": 0.0}
+from .parameters import capped, is_count_or_share, to_pixels
 
 
 def all_or_nothing(fit: Callable) -> Callable:
@@ -100,7 +99,7 @@ def network_of(form: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Spa
         If the arrays are not those of such a network.
     """
     with torch.device("meta"):  # where nothing is drawn, and nothing takes memory
-        network = SparseAttnNet(k=1, **_FIRST_FORM | dict(form))
+        network = SparseAttnNet(k=1, **form)
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
     expected, found = (
         {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
@@ -117,7 +116,7 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
     """A fitted network; a subclass fits it and sets the attributes read here.
 
     These are ``network_``, ``classes_``, ``image_shape_``, ``n_features_in_``, ``data_range_``, ``k_`` and
-    the parameters ``device`` and ``n_jobs``. Then the subclass calls `_make_ready`.
+    the parameters ``device``, ``n_jobs`` and ``predict_k``. Then the subclass calls `_make_ready`.
     """
 
     def predict_proba(self, X):
@@ -167,7 +166,7 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
         return self.classes_[best]
 
     def transform(self, X):
-        """Fused features f = [z_fine ; z_coarse] (eq. 14 in [1]_).
+        """Fused features f (eq. 14 in [1]_): [z_fine ; maximum of the tokens ; z_coarse].
 
         Parameters
         ----------
@@ -176,8 +175,9 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
 
         Returns
         -------
-        ndarray of shape (n, embed_dim + 32), with ``variant="paper"`` (n, embed_dim + 48)
-            float64 or float32 as X is, float32 for other dtypes.
+        ndarray of shape (n, 2 * embed_dim + 32), with ``size="large"`` (n, 2 * embed_dim + 64)
+            float64 or float32 as X is, float32 for other dtypes. With ``variant="paper"`` there is no maximum
+            of the tokens, and the shape is (n, embed_dim + 48).
 
         Raises
         ------
@@ -205,14 +205,19 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
         -------
         Bunch
             coarse : ndarray of shape (n, H, W)
-                Coarse attention, in (0, 1).
-            pixels : ndarray of shape (n, k), int64
-                Row-major indices i * W + j of the chosen pixels, best first.
+                Coarse attention, in (0, 1); the pixels of a tile have its value.
+            tiles : ndarray of shape (n, n_tiles), int64
+                Row-major indices of the chosen tiles, best first. Tiles have ``network_.tile`` pixels along
+                the side, and ``network_.grid_of(H, W)`` gives their rows and columns. In the paper's form a
+                tile is a pixel.
+            chosen : ndarray of shape (n, H, W), bool
+                The pixels of the chosen tiles.
             fine : ndarray of shape (n, H, W)
-                Fine attention, non-negative; zero off the chosen pixels. It is where the network looked, not
-                why it answered: for that see `evidence_maps` and `occlusion_maps`.
+                Fine attention, non-negative; zero off the chosen pixels. The pixels of a tile have equal
+                shares of its attention. It is where the network looked, not why it answered: for that see
+                `evidence_maps` and `occlusion_maps`.
             contribution : ndarray of shape (n, H, W)
-                Signed weight w_j with which a pixel entered z_fine; zero off the chosen pixels.
+                Signed weight w_j with which a tile entered z_fine, shared likewise.
 
             The maps are float64 or float32 as X is, float32 for other dtypes.
 
@@ -224,8 +229,10 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
             If X does not fit the training images.
         """
         images = self._check_images(X)
+        passes = self._run(images, maps=True)
+        n_chosen = self._n_chosen_tiles()
         maps = attention_maps(
-            self._run(images, maps=True), len(images), self.image_shape_, self.k_, images.float_dtype
+            passes, len(images), self.image_shape_, self.network_.tile, n_chosen, images.float_dtype
         )
         return Bunch(**maps)
 
@@ -255,28 +262,32 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
 
         Notes
         -----
-        With the log-odds :math:`l = \log \frac{p_y}{1 - p_y}` and the cells c of the last coarse map, pixel j
-        has
+        With the log-odds :math:`l = \log \frac{p_y}{1 - p_y}`, tile t of :math:`|t|` pixels with its token
+        :math:`T_t` and :math:`E_t = W_2 T_t + b_2`, the maximum :math:`M` of the tokens, and the cells c of
+        the last coarse map, pixel j of tile t has
 
         .. math::
-            m_j = w_j E_j W_v \frac{\partial l}{\partial z_{fine}}
+            m_j = \frac{1}{|t|} \Big[ w_t E_t W_v \frac{\partial l}{\partial z_{fine}}
+            + \sum_i s_{ti} T_{ti} \frac{\partial l}{\partial M_i} \Big]
             + \sum_c a_{jc}\, (C_c - \bar C) \frac{\partial l}{\partial C_c} .
 
-        The first term is that of the pixel's token, if it was chosen. The second is that of the features that
-        are pooled over the whole image and reach the answer without tokens, so that fine attention cannot
-        show it: :math:`\bar C` is the median cell along the sides of the image, background as a rule, and
+        The bracket is there for chosen tiles only. :math:`s_{ti}` is 1 for the tile that holds the maximum of
+        channel i, and shared where some tie. The last term is that of the features that are pooled over the
+        whole image and reach the answer without tokens, so that fine attention cannot show it:
+        :math:`\bar C` is the median cell along the sides of the image, background as a rule, and
         :math:`a_{jc}` shares a cell among the pixels around it, so that the map's sum is that over all tokens
-        and cells.
+        and cells. In the paper's form a tile is a pixel, and there is no maximum of the tokens.
 
         It is a slope, not a test: scores, choice and attention are held as they are, the slope holds for
         small changes, and the parts need not sum to the log-odds. The maximum of a feature is all that of the
-        cell that holds it, a dot in the map, though another cell may be close behind. A token knows its
+        tile or cell that holds it, a dot in the map, though another may be close behind. A token knows its
         neighbourhood: what counts may lie some pixels beside it. That a pixel counts for the network does not
         mean that it counts in nature.
         """
         images = self._check_images(X)
         classes = self._classes_to_explain(images, y)
-        return evidence_maps(self.network_, images, PixelScale(self.data_range_), classes)
+        scale = PixelScale(self.data_range_)
+        return evidence_maps(self.network_, images, scale, classes, k=self._predicting_k())
 
     def occlusion_maps(self, X, y=None, *, grid=8, n_masks=1000):
         r"""Show what the answer rests on, by trial: what it becomes as parts of an image are covered.
@@ -367,7 +378,24 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
 
     def _run(self, images: ImageRows, *, maps: bool = False) -> Iterator[tuple[slice, SparseAttnOutput]]:
         scale, n_threads = PixelScale(self.data_range_), effective_n_jobs(self.n_jobs)
-        return run(self._engine, self.network_, images, scale, maps=maps, n_threads=n_threads)
+        k = self._predicting_k()
+        return run(self._engine, self.network_, images, scale, k=k, maps=maps, n_threads=n_threads)
+
+    def _predicting_k(self) -> float:
+        """Pixels to choose of an image, as `predict_k` is now."""
+        if self.predict_k is None:
+            return float(self.network_.k)
+        if not is_count_or_share(self.predict_k):
+            raise ValueError(
+                f"predict_k={self.predict_k!r} must be None, a number of pixels (int >= 1) or a share of "
+                "them (float in (0, 1])."
+            )
+        height, width, _ = self.image_shape_
+        return to_pixels(capped(self.predict_k, height * width), self.network_.area_of(height, width))
+
+    def _n_chosen_tiles(self) -> int:
+        n_tiles = math.prod(self.network_.grid_of(*self.image_shape_[:2]))
+        return self.network_.n_chosen(n_tiles, self._predicting_k())
 
     def _make_ready(self) -> None:
         """Prepare the network to be run; what happens to its weights later does not count."""
@@ -379,7 +407,7 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
         network = state.get("network_")
         if network is not None and next(network.parameters()).device.type != "cpu":
             state["network_"] = network = copy.deepcopy(network).cpu()
-        if network is not None and network.compiled and is_plain(network):
+        if network is not None and is_plain(network):
             # Without tensors other formats than pickle, like that of skops, can hold it.
             state["network_"] = {"form": network.form, "arrays": network_arrays(network)}
         return state

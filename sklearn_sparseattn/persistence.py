@@ -28,8 +28,9 @@ from .files import resolve_target, write_whole
 from .fitted import network_arrays, network_of
 from .inference import resolve_device
 from .network import SparseAttnNet
+from .parameters import is_count_or_share
 
-FORMAT_VERSION = 3  # 1: networks without spread and margin; 2: with margins
+FORMAT_VERSION = 1
 
 _KEY = "sklearn_sparseattn"  # of the JSON text among the metadata
 # The JSON text begins with the checksum; as a string in the header its quotes are escaped.
@@ -152,7 +153,7 @@ def load_model(path: str | os.PathLike[str], *, device: str | torch.device = "cp
     Raises
     ------
     ValueError
-        If this is no model file, was damaged or comes from a later version, or if the device is not there.
+        If this is not a model file, was damaged or has another format version, or if the device is not there.
     OSError
         If the file cannot be read.
 
@@ -165,7 +166,7 @@ def load_model(path: str | os.PathLike[str], *, device: str | torch.device = "cp
     try:
         return _decode(_read(path), device)
     except _WHAT_WRONG_CONTENT_RAISES as error:
-        raise ValueError(f"{path} is no model file that can be loaded: {error}") from error
+        raise ValueError(f"{path} is not a model file that can be loaded: {error}") from error
 
 
 def plain_labels(classes: np.ndarray) -> list[Any]:
@@ -206,7 +207,7 @@ def _encode(estimator: Any) -> tuple[bytes, list[str]]:
     names = getattr(estimator, "feature_names_in_", None)
     model = {
         "checksum": _NO_CHECKSUM,
-        "format_version": 2 if network.form["margins"] else FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "versions": _versions(),
         "params": params,
         "classes": _encode_classes(estimator.classes_),
@@ -296,7 +297,7 @@ def _encode_classes(classes: np.ndarray) -> dict[str, Any]:
 def _read(path: Path) -> bytes:
     """The file, if it is one of ours and undamaged; others are not read to their end."""
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise ValueError("it is no file.")
+        raise ValueError("it is not a file.")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = file.read(8)
@@ -320,22 +321,17 @@ def _decode(content: bytes, device: str | torch.device) -> SparseAttnClassifier:
     n_header = int.from_bytes(content[:8], "little")
     model = json.loads(json.loads(content[8 : 8 + n_header])["__metadata__"][_KEY])
     version = model["format_version"]
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        raise ValueError(
-            f"its format_version is {version!r}, and this release reads {FORMAT_VERSION}: a later "
-            "sklearn-sparseattn is needed."
-        )
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ValueError(f"its format_version is {version!r:.80}, and this release reads {FORMAT_VERSION}.")
     height, width, channels = shape = _image_shape(model["image_shape"])
     classes = _decode_classes(model["classes"], len(content))
     n_features = math.prod(shape)
     names = model["feature_names"]
     if names is not None and not (_is_list_of(names, str) and len(names) == n_features):
         raise ValueError(f"feature_names are not {n_features} names.")
-    if version > 2 and model["network"].get("margins", False) is not False:
-        raise ValueError("a network of this version cannot have margins.")
     form = _network_form(model["network"], channels, len(classes), len(content))
     network = _make_network(form, arrays.pop("network"))
-    if model["k"] != network.n_chosen(height * width):
+    if model["k"] != network.k_of(height, width):
         raise ValueError(f"k={model['k']!r} is not that of the network.")
     history = _history(model["history"], arrays.pop("history"))
     state = {
@@ -414,10 +410,9 @@ def _network_form(form: Any, n_channels: int, n_classes: int, n_bytes: int) -> d
     strides = form["strides"]
     if not (_is_list_of(strides, int) and len(strides) == 3 and set(strides) <= {1, 2}):
         raise ValueError(f"the network cannot have the strides {strides!r:.80}.")
-    kinds: dict[str, type] = {"separable": bool, "spread": float, "margin": float, "margins": bool}
-    kinds |= {"kernel_size": int, "depth": int}  # the first files have none of these
-    if wrong := [name for name, kind in kinds.items() if name in form and type(form[name]) is not kind]:
-        raise ValueError(f"the network cannot have {wrong[0]}={form[wrong[0]]!r:.80}.")
+    for name in ("variant", "size"):
+        if type(form[name]) is not str:
+            raise ValueError(f"the network cannot have {name}={form[name]!r:.80}.")
     return {**form, "strides": tuple(strides)}
 
 
@@ -433,9 +428,12 @@ def _make_estimator(params: dict[str, Any], device: str | torch.device) -> Spars
     known = SparseAttnClassifier().get_params(deep=False).keys() - _OF_THE_MACHINE
     if unknown := decoded.keys() - known:
         raise ValueError(f"this release does not know its parameters {sorted(unknown)}.")
-    n_jobs = decoded.get("n_jobs")  # the one that is used before the next fit
+    # These two are used before the next fit, which checks all.
+    n_jobs, predict_k = decoded.get("n_jobs"), decoded.get("predict_k")
     if n_jobs is not None and not (type(n_jobs) is int and abs(n_jobs) <= _MOST_THREADS):
         raise ValueError(f"n_jobs={n_jobs!r:.80} is no number of threads up to {_MOST_THREADS}.")
+    if predict_k is not None and not is_count_or_share(predict_k):
+        raise ValueError(f"predict_k={predict_k!r:.80} is not a number or share of pixels.")
     return SparseAttnClassifier(**decoded, device=device)
 
 

@@ -10,7 +10,6 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-import torch
 from scipy import sparse
 from skimage.filters import sobel
 from sklearn.base import BaseEstimator, TransformerMixin, clone
@@ -20,7 +19,6 @@ from sklearn.utils._param_validation import HasMethods, StrOptions
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
 from .images import ImageRows, ImageShape, call_given, chunk_slices, validate_images
-from .network import select_pixel_set
 from .parameters import Range
 
 # Some rows, the pixels chosen of each (b, k), row-major, and what they hold (b, k, C).
@@ -61,13 +59,31 @@ def _checked_scores(scores: Any, images: np.ndarray, source: str) -> np.ndarray:
     return scores.astype(np.float64)
 
 
-def _best_pixels(scores: np.ndarray, k: int, *, best_first: bool) -> np.ndarray:
-    """Row-major indices (B, k) of the k highest of (B, H, W) scores; a tie goes to the lower index."""
-    indices = select_pixel_set(torch.from_numpy(scores), k).numpy()
+def _best_pixels(scores: np.ndarray, k: int, *, tile: int, best_first: bool) -> np.ndarray:
+    """Row-major indices (B, k) of the k highest of (B, H, W) scores: best first, or row by row.
+
+    Of equal ones those of the tile with the lower index are better, in it the pixel with the lower index.
+    """
+    n_images, height, width = scores.shape
+    tile_by_tile = _tile_by_tile(height, width, tile)
+    flat = scores.reshape(n_images, -1)
+    if tile > 1:  # else it would be a copy of the same
+        flat = flat[:, tile_by_tile]
+    # Sorting all scores would take several times as long.
+    threshold = np.partition(flat, -k, axis=1)[:, [-k]]
+    above, tied = flat > threshold, flat == threshold
+    room = k - above.sum(axis=1, keepdims=True)
+    places = np.nonzero(above | (tied & (tied.cumsum(axis=1) <= room)))[1].reshape(n_images, k)
     if not best_first:
-        return indices
-    kept = np.take_along_axis(scores.reshape(len(scores), -1), indices, axis=1)
-    return np.take_along_axis(indices, np.argsort(-kept, axis=1, kind="stable"), axis=1)
+        return np.sort(tile_by_tile[places], axis=1)
+    order = np.argsort(-np.take_along_axis(flat, places, axis=1), axis=1, kind="stable")
+    return tile_by_tile[np.take_along_axis(places, order, axis=1)]
+
+
+def _tile_by_tile(height: int, width: int, tile: int) -> np.ndarray:
+    """Row-major indices (N,) of all pixels, those of each tile of `tile` by `tile` pixels together."""
+    row, column = np.divmod(np.arange(height * width), width)
+    return np.lexsort((column // tile, row // tile))
 
 
 def _coordinates(image_shape: ImageShape, dtype: np.dtype) -> np.ndarray:
@@ -135,7 +151,8 @@ class PixelSetTransformer(TransformerMixin, BaseEstimator):
           and returns scores (B, H, W). NaN is refused, infinities are not.
         - A classifier with `attention_maps`, such as :class:`SparseAttnClassifier`: its coarse attention.
           A clone of it is fitted with y in `fit`; inside :class:`sklearn.frozen.FrozenEstimator` it is used
-          as it was fitted, to images of the same size.
+          as it was fitted, to images of the same size. All pixels of a tile have the same attention and are
+          kept together; the last tile may be kept in part, from its first pixel on.
     layout : {"flat", "set", "sparse"}, default="flat"
         Form of the result; "flat" is (n, k * (2 + C)), "set" is (n, k, 2 + C), "sparse" is a CSR matrix
         (n, H * W * C) of the images with the other pixels dropped.
@@ -163,7 +180,10 @@ class PixelSetTransformer(TransformerMixin, BaseEstimator):
     -----
     The pixel in row i, column j lies at x = (2j + 1) / W - 1, y = (2i + 1) / H - 1, inside (-1, 1); v is the
     value in X, unscaled, one for each channel. A row of "flat" is x0, y0, v0_0, v0_1, ..., x1, y1, v1_0, ...
-    Scores are compared in float64; of equal ones the pixel with the lower index i * W + j is better.
+    Scores are compared in float64; of equal ones the pixel with the lower index i * W + j is better. If the
+    score is that of a classifier whose ``network_.tile`` is above 1, pixels are ranked by score, then by the
+    index of their tile, then by their own index. The k best are then those of the tiles that the classifier
+    chooses, if k is their number of pixels.
 
     X may be (n, features), dense or sparse, (n, H, W) or (n, H, W, C); after `fit` the forms may be
     interchanged. The result is float64 or float32 as X is, and float32 for other dtypes, which holds integers
@@ -351,9 +371,11 @@ class PixelSetTransformer(TransformerMixin, BaseEstimator):
     def _choose(self, images: ImageRows, X: Any) -> Iterator[Chosen]:
         """Choose pixels, a few images at a time."""
         best_first = self.order == "score"
+        tile = getattr(getattr(self.score_estimator_, "network_", None), "tile", 1)
         for rows in chunk_slices(len(images), self.image_shape_):
             chunk = images.read(rows)
-            indices = _best_pixels(self._score(chunk, rows, X), self.k_, best_first=best_first)
+            scores = self._score(chunk, rows, X)
+            indices = _best_pixels(scores, self.k_, tile=tile, best_first=best_first)
             pixels = chunk.reshape(len(chunk), -1, self.image_shape_[2])
             values = np.take_along_axis(pixels, indices[..., None], axis=1)
             yield rows, indices, values.astype(images.float_dtype, copy=False)

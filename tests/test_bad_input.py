@@ -284,8 +284,9 @@ JUNK = st.one_of(
     ),
 )
 NAMED = {
-    "k_update": ["epoch", "batch"],
-    "variant": ["context", "paper"],
+    "predict_k": [1, 5, 0.3, 1.0, np.int64(3), np.float32(0.5)],
+    "variant": ["tiles", "paper"],
+    "size": ["default", "large"],
     "lr_schedule": ["onecycle", "plateau"],
     "class_weight": [
         "balanced",

@@ -5,14 +5,15 @@ import json
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import ttest_rel
+from skorch.callbacks import Callback
 
+from sklearn_sparseattn import SparseAttnClassifier
 from sklearn_sparseattn.network import SparseAttnNet
 
 
@@ -121,12 +122,12 @@ def test_peers_of_transformers(few_cells, load_benchmark, name, n_parameters):
 def test_harness(few_cells, load_benchmark, tmp_path, capsys, monkeypatch):
     """Measure, take up again, make the tables."""
     accuracy = load_benchmark("accuracy")
-    models = {"sparseattn": accuracy.ours(max_epochs=2), "hog_svc": accuracy.PEERS["hog_svc"]}
+    models = {"tiles": accuracy.ours(max_epochs=2), "hog_svc": accuracy.PEERS["hog_svc"]}
     path, document = tmp_path / "accuracy.json", tmp_path / "README.md"
     assert accuracy.measure_all(path, models, ["event"], 2, 1)
     results = accuracy.recorded(path)
     assert set(results) == {f"event/{model}/seed{i}" for model in models for i in (0, 1)}
-    run = results["event/sparseattn/seed1"]
+    run = results["event/tiles/seed1"]
     assert run["k"] / 32**2 == run["share"]
     assert run["epochs"] == 2
     assert (run["n_train"], run["n_test"]) == (48, 12 + 20)
@@ -136,13 +137,16 @@ def test_harness(few_cells, load_benchmark, tmp_path, capsys, monkeypatch):
     assert accuracy.measure_all(path, models, ["event"], 2, 1)
     assert capsys.readouterr().out == ""
 
-    marks = [f"<!-- {name}: {end} -->" for name in ("accuracy", "differences") for end in ("begin", "end")]
+    marks = [
+        f"<!-- {name}: {end} -->" for name in ("accuracy", "differences", "k") for end in ("begin", "end")
+    ]
     document.write_text("\n".join(marks))
     accuracy.write_tables(path, document)
     text = document.read_text()
-    assert len(re.findall(r"^\| `(sparseattn|hog_svc)` \| 2 \| [\d.]+ ± [\d.]+ \|", text, re.M)) == 2
-    assert re.search(r"^\| event \| `sparseattn` \| `hog_svc` \| 2 \| [+-][\d.]+ \[", text, re.M)
+    assert len(re.findall(r"^\| `(tiles|hog_svc)` \| 2 \| [\d.]+ ± [\d.]+ \|", text, re.M)) == 2
+    assert re.search(r"^\| event \| `tiles` \| `hog_svc` \| 2 \| [+-][\d.]+ \[", text, re.M)
     assert " without " not in text
+    assert re.search(r"^\| event \| 2 \| [\d.]+ ± [\d.]+ \| [\d.]+-[\d.]+ \| \d \|", text, re.M)
     monkeypatch.setattr(accuracy, "ASTRAY", {("event", "hog_svc"): ("seed1", "seed7")})
     monkeypatch.setattr(accuracy, "PEERS", {"hog_svc": None})
     hours = [{**run, "fit_seconds": 3600.0} for run in accuracy.recorded(path).values()]
@@ -153,20 +157,76 @@ def test_harness(few_cells, load_benchmark, tmp_path, capsys, monkeypatch):
     assert "The peers' fits took 2.0 h in all." in text
 
 
-def test_fits_that_vote(few_cells, load_benchmark):
-    accuracy = load_benchmark("accuracy")
-    one = accuracy.run_one("event", "seed1", "one", accuracy.ours(max_epochs=2))
-    two = accuracy.run_one("event", "seed1", "two", partial(accuracy.Vote, 2, max_epochs=2))
-    assert len(two["members"]) == 2
-    assert two["members"][0] == one["accuracy"]  # the first is the fit that would be alone
-    assert two["parameters"] == 2 * one["parameters"]
-    assert two["epochs"] == 2
+def test_run_of_ours_is_scored_at_other_k(few_cells, load_benchmark):
+    accuracy, fits = load_benchmark("accuracy"), []
 
+    def make(**recipe):
+        fits.append(accuracy.ours(max_epochs=2, k_init=0.3)(**recipe))
+        return fits[0]
+
+    run = accuracy.run_one("event", "seed1", "tiles", make)
+    images, target, splits = few_cells.load("event")
+    rows = splits[1][2]
+    [clf] = fits
+    assert clf.predict_k is None
+    for name, k in {"half_k": clf.k_ // 2, "twice_k": 2 * clf.k_, "all": 1.0, "share_0.04": 0.04}.items():
+        expected = clf.set_params(predict_k=k).score(images[rows], target[rows])
+        assert run[f"accuracy_{name}"] == pytest.approx(expected)
+    assert run["accuracy"] == clf.set_params(predict_k=None).score(images[rows], target[rows])
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"), [({}, False), ({"k_min": 1.0}, True), ({"k_init": 1, "k_max": 17}, True)]
+)
+def test_a_bound_is_told(few_cells, load_benchmark, bounds, expected):
     images, target, _ = few_cells.load("event")
-    vote = accuracy.Vote(2, max_epochs=1, random_state=0).fit(images[:40], target[:40], None, None)
-    members = [fit.predict_proba(images) for fit in vote.model_.estimators_]
-    assert not np.array_equal(*members)
-    np.testing.assert_allclose(vote.predict_proba(images), np.mean(members, axis=0))
+    accuracy = load_benchmark("accuracy")
+    clf = accuracy.ours(max_epochs=1, **bounds)(augment=None, batch_size=32, random_state=0)
+    assert accuracy.describe(clf.fit(images[:40], target[:40]))["at_bound"] == expected
+
+
+def test_twin_is_trained_by_our_recipe(few_cells, load_benchmark):
+    peers = load_benchmark("peers")
+    images, target, _ = few_cells.load("event")
+    twin = peers.PEERS["twin"](augment="dihedral", batch_size=32, random_state=0)
+    twin.recipe["max_epochs"] = 3
+    probabilities = twin.fit(images[:40], target[:40], images[40:], target[40:]).predict_proba(images)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    ours = SparseAttnClassifier(max_epochs=3, random_state=0).fit(images[:40], target[:40])
+    assert twin.n_iter_ == ours.n_iter_ == 3
+    network = twin.trainer_.module_.network
+    assert network.background == pytest.approx(float(ours.network_.coarse.background))
+    [group], steps = twin.trainer_.optimizer_.param_groups, 3 * 2
+    assert group["max_lr"] == ours.lr
+    assert group["weight_decay"] == pytest.approx(3 / (ours.lr * steps))
+    # Statistics are those of the training rows at the weights as they are.
+    rows = peers.labelled(images[:40], target[:40], twin.scale_).read(np.arange(40))[0]
+    with torch.no_grad():
+        first = network.features[0](rows - network.background)
+    np.testing.assert_allclose(network.features[1].running_mean, first.mean((0, 2, 3)), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("twin_small", 2.5), ("twin", 5.7), ("twin_large", 9.6)])
+def test_multiply_adds_of_the_twins(load_benchmark, name, millions):
+    network = load_benchmark("peers").TWINS[name]((135, 135, 1), 3).eval()
+    found = load_benchmark("efficiency").cost(network, (1, 135, 135))
+    assert found["multiply_adds"] / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_k_by_data_set(load_benchmark):
+    accuracy = load_benchmark("accuracy")
+    assert accuracy.k_table({}, "tiles") == "Not measured yet."
+
+    def run(split, share, value, at_bound):
+        others = {f"accuracy_{name}": value - 0.01 * i for i, name in enumerate(("all", "twice_k", "half_k"))}
+        about = {"data": "event", "model": "tiles", "split": split, "at_bound": at_bound}
+        return {**about, "share": share, "accuracy": value, **others}
+
+    results = {"a": run("seed0", 0.1, 0.9, False), "b": run("seed1", 0.3, 0.8, True)}
+    assert (
+        "| event | 2 | 20.0 ± 14.1 | 10.0-30.0 | 1 | +0.00 [+0.00, +0.00] | -1.00 [-1.00, -1.00] "
+        "| -2.00 [-2.00, -2.00] |"
+    ) in accuracy.k_table(results, "tiles")
 
 
 @pytest.mark.parametrize(("few", "times"), [(40, 1), (500, 8)])
@@ -220,13 +280,20 @@ def test_difference_says_what_is_noise(load_benchmark):
 
 @pytest.fixture
 def changed_network(load_benchmark):
-    def change(name, k=20, **options):
-        network = SparseAttnNet(2, 3, k, **options).eval()
+    """A network of 30 tiles of 4x4 pixels that chooses some of them, changed as a variant of ablation.py."""
+
+    def change(name, n=6):
+        ablation = load_benchmark("ablation")
+        network = SparseAttnNet(2, 3, 16 * n).eval()
         network.reset_parameters(torch.Generator().manual_seed(0))
         optimizer = SimpleNamespace(param_groups=[{"params": []}])
-        for callback in load_benchmark("ablation").VARIANTS[name]["callbacks"]:
-            callback.on_train_begin(SimpleNamespace(module_=network, optimizer_=optimizer))
-        return network
+        shares = {"a": {"data": "event", "model": "tiles", "split": "seed0", "share": 0.2}}
+        variant = ablation.variants_for("event", [name], shares)[name]
+        estimator = variant(augment=None, batch_size=32, random_state=0)
+        for callback in estimator.callbacks:
+            if isinstance(callback, ablation.Change):
+                callback.on_train_begin(SimpleNamespace(module_=network, optimizer_=optimizer))
+        return network, optimizer.param_groups[0]["params"]
 
     return change
 
@@ -234,75 +301,102 @@ def changed_network(load_benchmark):
 IMAGES = torch.rand(3, 2, 24, 20, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("variant", ["context", "paper"])
-def test_coarse_only_knows_no_token(changed_network, variant):
-    network = changed_network("coarse_only", variant=variant)
-    before = network(IMAGES).logits
-    network.embedding.first.weight.data.zero_()
-    assert torch.equal(network(IMAGES).logits, before)
-
-
-def test_fine_only_knows_no_pooled_feature(changed_network):
-    output = changed_network("fine_only")(IMAGES)
-    assert not output.features[:, 32:].any()
-    assert output.features[:, :32].any()
-    assert output.scores.std() > 0
+def test_nothing_withheld_is_the_network_itself(load_benchmark):
+    ablation = load_benchmark("ablation")
+    network = SparseAttnNet(2, 3, 96).eval()
+    expected = network(IMAGES)
+    ablation.become(ablation.Withheld, network)
+    for found, part in zip(network(IMAGES), expected, strict=True):
+        assert torch.equal(found, part)
 
 
 @pytest.mark.parametrize(
-    ("name", "rank"),
-    [
-        ("brightest_pixels", lambda image: image.mean(0)),
-        ("darkest_pixels", lambda image: -image.mean(0)),
-    ],
+    ("name", "zero"),
+    [("coarse_only", slice(0, 64)), ("no_token_maximum", slice(32, 64)), ("no_z_coarse", slice(64, None))],
 )
-def test_pixels_are_chosen_by_a_rank(changed_network, name, rank):
-    pixels = changed_network(name)(IMAGES).pixels
-    for image, chosen in zip(IMAGES.numpy(), pixels, strict=True):
-        assert set(chosen.tolist()) == set(np.argsort(-rank(image), axis=None)[:20].tolist())
+def test_withheld_features_are_zero_and_teach_nothing(changed_network, name, zero):
+    network, _ = changed_network(name)
+    features = network(IMAGES).features
+    withheld = torch.zeros(features.shape[1], dtype=torch.bool)
+    withheld[zero] = True
+    assert not features[:, withheld].any()
+    assert features[:, ~withheld].any(0).float().mean() > 0.5
+    network(IMAGES).features.sum().backward()
+    if name == "coarse_only":
+        assert network.tokens.first.weight.grad is None
 
 
-def test_gradient_is_that_of_central_differences(load_benchmark):
-    found = load_benchmark("ablation").gradient(IMAGES)[0].numpy()
-    padded = np.pad(IMAGES[0].mean(0).numpy(), 1, mode="edge")
-    down, right = np.gradient(padded)
-    np.testing.assert_allclose(found, 4 * (down**2 + right**2)[1:-1, 1:-1], rtol=1e-5, atol=1e-6)
-
-
-def test_even_pixels_are_those_of_a_grid(changed_network):
-    rows, columns = np.divmod(changed_network("even_pixels")(IMAGES).pixels.numpy(), 20)
-    assert not (rows % 4).any()  # 20 of the 30 cells, each with its first pixel
-    assert not (columns % 4).any()
-    assert len(rows[0]) == 20
-
-
-@pytest.mark.parametrize(("name", "parameter"), [("not_spread", "spread"), ("no_margin", "margin")])
-def test_form_that_is_changed(changed_network, name, parameter):
-    network = changed_network(name)
-    assert network.form[parameter] == 0
-    before = network(IMAGES).logits
-    network.form[parameter] = 1.0
-    assert not torch.equal(network(IMAGES).logits, before)
-
-
-def test_random_pixels_are_k_others_each_time_and_follow_k(changed_network):
-    network = changed_network("random_pixels")
-    first, second = network(IMAGES).pixels, network(IMAGES).pixels
-    assert first.shape == (3, 20)
+def test_random_tiles_are_others_each_time_and_follow_k(changed_network):
+    network, _ = changed_network("random_tiles")
+    first, second = network(IMAGES).tiles, network(IMAGES).tiles
+    assert first.shape == (3, 6)
     assert not torch.equal(first, second)
+    assert all(len(set(row)) == 6 and max(row) < 30 for row in first.tolist())
     copied = copy.deepcopy(network)
-    copied.k.fill_(7)
-    assert copied(IMAGES).pixels.shape == (3, 7)
-    assert network(IMAGES).pixels.shape == (3, 20)
+    copied.k.fill_(160)
+    assert copied(IMAGES).tiles.shape == (3, 10)
+    assert network(IMAGES).tiles.shape == (3, 6)
 
 
-def test_ungated_is_a_gate_of_one(changed_network):
-    network = changed_network("ungated")
-    found = network(IMAGES).logits
-    network.form["margin"] = 0.0
-    network.coarse.score.bias.data.fill_(100.0)  # sigmoid 1 everywhere, the same pixels
-    del network.hidden_tokens
-    torch.testing.assert_close(network(IMAGES).logits, found)
+def test_random_tiles_are_as_many_as_the_default_ended_with(load_benchmark, capsys):
+    ablation = load_benchmark("ablation")
+    recipe = {"augment": None, "batch_size": 32, "random_state": 0}
+    shares = {
+        str(i): {"data": data, "model": model, "split": f"seed{i}", "share": share}
+        for i, (data, model, share) in enumerate(
+            [("event", "tiles", 0.1), ("event", "tiles", 0.3), ("jurkat", "tiles", 1), ("event", "twin", 1)]
+        )
+    }
+    clf = ablation.variants_for("event", ["random_tiles"], shares)["random_tiles"](**recipe)
+    assert clf.k_init == pytest.approx(0.2)
+    images = np.random.default_rng(0).random((20, 16, 16))
+    clf.set_params(max_epochs=3).fit(images, np.arange(20) % 2)
+    assert float(clf.network_.k) == pytest.approx(0.2 * 16**2)
+    assert ablation.variants_for("opd", ["random_tiles"], shares) == {}
+    assert "opd/random_tiles left out" in capsys.readouterr().out
+
+
+def test_without_a_ramp_a_gate_is_the_attention_alone(changed_network):
+    network, _ = changed_network("no_ramp")
+    scores = network.coarse.look(IMAGES).scores.flatten(1)
+    tiles = network(IMAGES).tiles
+    assert (network.openness(scores, tiles) == 1).all()
+    assert (SparseAttnNet.openness(network, scores, tiles) < 1).any()
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_layers_that_come_in_are_trained(changed_network, load_benchmark, n):
+    if f"layers={n}" not in load_benchmark("ablation").VARIANTS:
+        n = 2
+    network, trained = changed_network(f"layers={n}")
+    assert len(network.tokens.layers) == n
+    assert {id(weight) for weight in network.tokens.parameters()} == {id(weight) for weight in trained}
+    assert network(IMAGES).logits.shape == (3, 3)
+
+
+def test_k_that_is_not_drawn(load_benchmark):
+    """Every batch is trained with the k of its epoch, which moves all the same."""
+    ablation, seen = load_benchmark("ablation"), []
+
+    class Watch(Callback):
+        def on_batch_begin(self, net, training=False, **kwargs):
+            seen.append(float(net.module_.k))
+
+    images = np.random.default_rng(0).random((60, 16, 16))
+    params = {**ablation.VARIANTS["k_not_drawn"], "batch_size": 10, "max_epochs": 4, "random_state": 0}
+    params["callbacks"] = [*params["callbacks"], Watch()]
+    clf = SparseAttnClassifier(**params).fit(images, np.arange(60) % 2)
+    np.testing.assert_allclose(np.reshape(seen, (4, 6)), np.tile(clf.history_["k"], (6, 1)).T)
+    assert len(set(seen)) > 1
+
+
+def test_all_variants_can_be_made(load_benchmark):
+    ablation = load_benchmark("ablation")
+    shares = {"a": {"data": "event", "model": "tiles", "split": "seed0", "share": 0.2}}
+    factories = ablation.variants_for("event", list(ablation.VARIANTS), shares)
+    assert list(factories) == list(ablation.VARIANTS)
+    for make in factories.values():
+        make(augment="dihedral", batch_size=32, random_state=0)._check_params()
 
 
 def test_ablation_table_holds_variants_against_the_default(load_benchmark):
@@ -310,14 +404,101 @@ def test_ablation_table_holds_variants_against_the_default(load_benchmark):
 
     def run(model, split, accuracy):
         rest = {"balanced_accuracy": accuracy, "ece": 0.01, "share": 0.08}
+        rest["machine"] = {"processor": "a processor", "torch": "2.13"}
         return {"data": "event", "model": model, "split": split, "accuracy": accuracy, **rest}
 
-    default = {split: run("sparseattn", split, value) for split, value in (("seed0", 0.9), ("seed1", 0.92))}
+    default = {split: run("tiles", split, value) for split, value in (("seed0", 0.9), ("seed1", 0.92))}
     results = {split: run("coarse_only", split, value) for split, value in (("seed0", 0.8), ("seed1", 0.82))}
     text = ablation.tables(results, default)
     assert "| `default` | 2 | 91.0 ± 1.4 |" in text
     assert "| `coarse_only` | 2 | 81.0 ± 1.4 |" in text
     assert "-10.00 [-10.00, -10.00] | worse" in text
+    assert ablation.tables({}, default) == "Not measured yet."
+
+
+def test_table_of_the_starts_of_k(load_benchmark):
+    dynamic_k = load_benchmark("dynamic_k")
+
+    def run(model, split, share, accuracy):
+        return {"data": "opd", "model": model, "split": split, "share": share, "accuracy": accuracy}
+
+    default = {"a": run("tiles", "seed0", 0.2, 0.9), "b": run("tiles", "seed1", 0.3, 0.9)}
+    results = {
+        "c": run("worth, from 5%", "seed0", 0.1, 0.89),
+        "d": run("worth, from 5%", "seed1", 0.3, 0.89),
+        "e": run("worth, from 5%", "seed2", 0.3, 0.1),  # the other start has no such split
+    }
+    assert (
+        "| opd | worth | 2 | 25.0 ± 7.1 | 20.0 ± 14.1 | 1.50 (at most 2.00) | 90.0 ± 0.0 | 89.0 ± 0.0 "
+        "| +1.00 [+1.00, +1.00] |"
+    ) in dynamic_k.table(results, default)
+    assert dynamic_k.table({}, {}) == "Not measured yet."
+
+
+# ---- fields ----
+
+
+def test_chance_of_a_hit(load_benchmark):
+    fields = load_benchmark("fields")
+    assert fields.hit_by_chance(1, 10, 3) == pytest.approx(0.3)
+    assert fields.hit_by_chance(2, 4, 2) == pytest.approx(5 / 6)
+    np.testing.assert_allclose(fields.hit_by_chance(np.array([0, 9]), 10, 2), [0, 1], atol=1e-12)
+
+
+def test_tiles_of_a_mask(load_benchmark):
+    mask = np.zeros((1, 5, 9), dtype=bool)
+    mask[0, 4, 8] = mask[0, 0, 3] = True
+    found = load_benchmark("fields").share_of_tiles(mask, 4)
+    assert found.tolist() == [[[True, False, False], [False, False, True]]]
+
+
+def test_where_it_looks(load_benchmark):
+    """Of three fields the first is hit with half of the deciding cell, the second missed; one has none."""
+    fields = load_benchmark("fields")
+    masks, chosen = np.zeros((3, 8, 8), np.uint8), np.zeros((3, 8, 8), bool)
+    masks[:, 0, 0] = 1
+    masks[0, 3:5, :4] = masks[1, :2, :2] = 2
+    chosen[0, :4, :4] = chosen[1, 4:, 4:] = chosen[2, :4, :4] = True
+    found = SimpleNamespace(chosen=chosen, tiles=np.zeros((3, 1), int))
+    clf = SimpleNamespace(attention_maps=lambda images: found, network_=SimpleNamespace(tile=4))
+    looks = fields.looks(clf, SimpleNamespace(images=masks, masks=masks))
+    assert looks == pytest.approx(
+        {"attended": 0.25, "deciding_inside": 0.25, "deciding_hit": 0.5, "hit_by_chance": (0.5 + 0.25) / 2}
+    )
+
+
+def test_fields_harness(load_benchmark, tmp_path, monkeypatch, capsys):
+    """Fits, costs and the table, each small."""
+    fields = load_benchmark("fields")
+    monkeypatch.setattr(fields, "N_TRAIN", 24)
+    monkeypatch.setattr(fields, "N_TEST", 12)
+    document = tmp_path / "README.md"
+    document.write_text("<!-- fields: begin -->\n<!-- fields: end -->\n")
+    monkeypatch.setattr(fields, "README", document)
+    monkeypatch.setattr(fields, "RESULTS", tmp_path / "fields.json")
+    accuracy, peers = (load_benchmark(name) for name in ("accuracy", "peers"))
+
+    def twin(**recipe):
+        return peers.Twin(peers.TWINS["twin"], max_epochs=1, **recipe)
+
+    monkeypatch.setattr(fields, "MODELS", {"tiles": accuracy.ours(max_epochs=1), "twin": twin})
+    assert fields.main(["--tables"]) == 0
+    assert "Not measured yet." in document.read_text()
+    assert fields.main(["--sizes", "128", "--seeds", "1", "--jobs", "1"]) == 0
+    run = fields.recorded(fields.RESULTS)["128/tiles/seed0"]
+    assert 0 < run["attended"] < 1
+    assert 0 <= run["deciding_inside"] <= run["deciding_hit"] <= 1
+    assert 0 < run["hit_by_chance"] <= 1
+    capsys.readouterr()
+    assert fields.main(["--sizes", "128", "--seeds", "1", "--jobs", "1"]) == 0
+    assert capsys.readouterr().out == ""  # what is there is not measured again
+    fields.measure_time(fields.RESULTS, [128, 256], rounds=2, seconds=0.01, n_images=8)
+    assert "256 left out" in capsys.readouterr().out
+    timed = fields.recorded(fields.RESULTS)["time/128"]
+    assert timed["twin"]["multiply_adds"] > timed["tiles"]["multiply_adds"] / 3 > 0
+    assert {"tiles", "twin/openvino", "twin/onnxruntime"} == set(timed["rates"])
+    assert fields.main(["--tables"]) == 0
+    assert re.search(r"^\| 128 \| 1 \| .* M = [\d.]+ \| .* × \|$", document.read_text(), re.M)
 
 
 # ---- robustness ----

@@ -108,7 +108,7 @@ def most_threads(clf, images):
 def work(clf, images, labels):
     fitted = pickle.loads(pickle.dumps(clf)).fit(images[:60], labels)
     maps = clf.attention_maps(images[:60])
-    return clf.predict_proba(images), maps.pixels, maps.coarse, fitted.predict_proba(images[:60])
+    return clf.predict_proba(images), maps.tiles, maps.coarse, fitted.predict_proba(images[:60])
 
 if __name__ == "__main__":
     with open(sys.argv[1], "rb") as file:

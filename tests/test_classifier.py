@@ -1,7 +1,9 @@
 """SparseAttnClassifier as a scikit-learn user meets it: what goes in, what comes out, what is refused."""
 
+import copy
 import pickle
 import random
+import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -16,6 +18,7 @@ from scipy import sparse
 from sklearn import config_context
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
+from sklearn.datasets import load_digits
 from sklearn.ensemble import VotingClassifier
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
@@ -24,7 +27,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from sklearn_sparseattn import DynamicK, SparseAttnClassifier
-from sklearn_sparseattn.training.dynamic_k import K_MIN
 
 SIDE = 12
 
@@ -67,9 +69,11 @@ def test_fitted_attributes(fitted):
     assert fitted.image_shape_ == (SIDE, SIDE, 1)
     assert fitted.data_range_ == (0.0, 255.0)
     assert fitted.n_iter_ == 25
-    assert fitted.k_ == fitted.network_.n_chosen(SIDE * SIDE)
-    expected = {"epoch", "train_loss", "focal_loss", "contrastive_loss", "distillation_loss", "k", "lr"}
-    assert expected <= set(fitted.history_)
+    assert fitted.k_ == fitted.network_.n_chosen(SIDE * SIDE)  # tiles of one pixel in images so small
+    assert list(fitted.history_) == [
+        *("epoch", "train_loss", "focal_loss", "contrastive_loss", "distillation_loss", "consistency_loss"),
+        *("k", "loss_at_half_k", "loss_at_k", "lr", "duration"),
+    ]
     assert all(column.shape == (25,) for column in fitted.history_.values())
     assert len(pd.DataFrame(fitted.history_)) == 25
 
@@ -80,11 +84,42 @@ def test_history_adds_up(fitted):
     np.testing.assert_allclose(history["train_loss"], total, rtol=1e-5)
 
 
-def test_k_falls_with_the_loss(fitted):
+def test_k_begins_where_it_is_told_and_stays_within_its_bounds(fitted):
     k = fitted.history_["k"]
     assert k[0] == pytest.approx(8000 / 18225 * SIDE**2)
-    assert k[-1] < 0.6 * k[0]
-    assert np.all(k >= K_MIN * SIDE**2 - 1e-9)
+    assert np.ptp(k) > 0
+    assert 1 <= k.min() <= k.max() <= SIDE**2
+
+
+def test_history_has_the_losses_by_which_k_was_found(fitted):
+    at_k, at_half_k = fitted.history_["loss_at_k"], fitted.history_["loss_at_half_k"]
+    assert np.isfinite(at_k).all()
+    assert np.isfinite(at_half_k).all()
+    assert (at_k != at_half_k).any()
+    # They are losses of the answer on training batches, which fall as the network learns.
+    for losses in (at_k, at_half_k):
+        assert losses[-5:].mean() < 0.5 * losses[:5].mean()
+
+
+def test_more_tolerance_gives_no_more_pixels():
+    """What no gain in loss can reach lets k fall in every epoch; it rises where any gain is enough."""
+    lenient, strict = (quick(max_epochs=12, k_tolerance=tolerance).fit(X, Y) for tolerance in (1e6, 0))
+    assert np.all(np.diff(lenient.history_["k"]) < 0)
+    assert lenient.k_ < strict.k_
+
+
+@pytest.mark.parametrize(("side", "tile"), [(12, 1), (20, 2), (33, 4)])
+def test_k_counts_the_pixels_of_whole_tiles(side, tile):
+    images, y = disks(30, side=side)
+    clf = quick(max_epochs=1, k_init=50).fit(images, y)
+    assert clf.network_.tile == tile
+    assert clf.k_ == int(50 / tile**2 + 0.5) * tile**2
+    assert clf.history_["k"].tolist() == [50]
+    assert clf.attention_maps(images).tiles.shape == (30, clf.k_ / tile**2)
+    for every in (1.0, side**2, 10**9):  # also where tiles at the border are cut
+        assert clf.set_params(predict_k=every).attention_maps(images).chosen.all()
+    assert quick(max_epochs=1, k_init=1.0).fit(images, y).k_ == side**2
+    assert quick(max_epochs=1, k_init=1).fit(images, y).k_ == tile**2
 
 
 def test_probabilities(fitted):
@@ -112,12 +147,14 @@ def test_transform_as_a_data_frame():
     assert list(frame.columns) == list(clf.get_feature_names_out())
 
 
-@pytest.mark.parametrize(("variant", "n_coarse"), [("context", 32), ("paper", 48)])
-def test_variants(fitted, variant, n_coarse):
-    assert fitted.network_.context is not None
-    clf = quick(max_epochs=25, variant=variant, embed_dim=20).fit(X, Y)
-    assert (clf.network_.context is None) == (variant == "paper")
-    assert clf.transform(X).shape == (90, 20 + n_coarse)
+@pytest.mark.parametrize(
+    ("params", "n_features"),
+    [({}, 20 + 20 + 32), ({"size": "large"}, 20 + 20 + 64), ({"variant": "paper"}, 20 + 48)],
+    ids=["tiles", "large", "paper"],
+)
+def test_forms_of_the_network(params, n_features):
+    clf = quick(max_epochs=25, embed_dim=20, **params).fit(X, Y)
+    assert clf.transform(X).shape == (90, n_features)
     assert clf.score(X, Y) > 0.9
     loaded = pickle.loads(pickle.dumps(clf))
     np.testing.assert_array_equal(loaded.predict_proba(X), clf.predict_proba(X))
@@ -125,29 +162,166 @@ def test_variants(fitted, variant, n_coarse):
     np.testing.assert_array_equal(again.predict_proba(X), clf.predict_proba(X))
 
 
-def test_attention_maps(fitted):
-    maps = fitted.attention_maps(X)
-    n = len(X)
-    assert maps.coarse.shape == maps.fine.shape == maps.contribution.shape == (n, SIDE, SIDE)
-    assert maps.pixels.shape == (n, fitted.k_)
+@pytest.mark.parametrize(("side", "tile"), [(12, 1), (33, 4)])
+@pytest.mark.parametrize("variant", ["tiles", "paper"])
+def test_attention_maps(side, tile, variant):
+    images, y = disks(30, side=side)
+    clf = quick(variant=variant, k_max=0.4).fit(images, y)
+    maps, n = clf.attention_maps(images), len(images)
+    tile = 1 if variant == "paper" else tile
+    assert set(maps) == {"coarse", "tiles", "chosen", "fine", "contribution"}
+    for name in ("coarse", "chosen", "fine", "contribution"):
+        assert maps[name].shape == (n, side, side)
+    assert maps.chosen.dtype == bool
+    assert maps.tiles.dtype == np.int64
     assert np.all((maps.coarse > 0) & (maps.coarse < 1))
     assert np.all(maps.fine >= 0)
-    chosen = np.zeros((n, SIDE * SIDE), dtype=bool)
-    np.put_along_axis(chosen, maps.pixels, True, axis=1)
-    assert np.all(chosen.sum(axis=1) == fitted.k_)
-    assert not maps.fine.reshape(n, -1)[~chosen].any()
-    assert not maps.contribution.reshape(n, -1)[~chosen].any()
-    # The chosen pixels are the best by coarse attention, and come best first.
-    by_score = np.take_along_axis(maps.coarse.reshape(n, -1), maps.pixels, axis=1)
+    assert maps.contribution.min() < 0 or maps.contribution.max() > 0
+    for name in ("fine", "contribution"):
+        assert not maps[name][~maps.chosen].any()
+    # By tile: all of its pixels are chosen or none is, and they have one value in every map.
+    rows, columns = clf.network_.grid_of(side, side)
+    of_pixel = np.add.outer(np.arange(side) // tile * columns, np.arange(side) // tile)
+    by_tile = np.zeros((n, rows * columns), bool)
+    np.put_along_axis(by_tile, maps.tiles, True, axis=1)
+    np.testing.assert_array_equal(by_tile.sum(axis=1), maps.tiles.shape[1])  # each tile once
+    np.testing.assert_array_equal(maps.chosen, by_tile[:, of_pixel])
+    first = np.unique(of_pixel, return_index=True)[1]
+    for name in ("coarse", "fine", "contribution"):
+        np.testing.assert_array_equal(maps[name].reshape(n, -1)[:, first][:, of_pixel], maps[name])
+    # The chosen tiles are the best by coarse attention, and come best first.
+    coarse = maps.coarse.reshape(n, -1)[:, first]
+    by_score = np.take_along_axis(coarse, maps.tiles, axis=1)
     assert np.all(np.diff(by_score, axis=1) <= 0)
-    rest = np.where(chosen, -np.inf, maps.coarse.reshape(n, -1)).max(axis=1)
-    assert np.all(by_score[:, -1] >= rest)
+    assert np.all(by_score[:, -1] >= np.where(by_tile, -np.inf, coarse).max(axis=1))
 
 
 def test_an_image_alone_is_the_same_image(fitted):
     together = fitted.predict_proba(X)
     for rows in ([0], [89], [5, 3], list(range(89, -1, -1))):
         np.testing.assert_allclose(fitted.predict_proba(X[rows]), together[rows], rtol=0, atol=1e-9)
+
+
+# ---- how many pixels it predicts with ----
+
+
+def with_k(clf, predict_k):
+    """The same fitted estimator, of another `predict_k`."""
+    return copy.copy(clf).set_params(predict_k=predict_k)
+
+
+def test_predict_k_is_read_at_prediction(fitted):
+    """Without a new fit, and at every call anew."""
+    clf = copy.copy(fitted)
+    before = clf.predict_proba(X)
+    np.testing.assert_array_equal(clf.set_params(predict_k=fitted.k_).predict_proba(X), before)
+    for predict_k, n in [(20, 20), (0.25, 36), (1.0, 144), (1, 1), (10**400, 144), (np.int64(7), 7)]:
+        clf.set_params(predict_k=predict_k)
+        maps = clf.attention_maps(X)
+        np.testing.assert_array_equal(maps.chosen.sum(axis=(1, 2)), n)
+        assert maps.tiles.shape == (90, n)
+        np.testing.assert_allclose(clf.predict_proba(X).sum(axis=1), 1)
+    assert clf.k_ == fitted.k_  # what the data asked for stays
+    np.testing.assert_array_equal(clf.set_params(predict_k=None).predict_proba(X), before)
+
+
+@pytest.mark.parametrize("method", ["predict_proba", "transform", "evidence_maps", "occlusion_maps"])
+def test_predict_k_changes_every_answer(fitted, method):
+    options = {"n_masks": 20} if method == "occlusion_maps" else {}
+    few, many = (getattr(with_k(fitted, k), method)(X[:9], **options) for k in (4, 144))
+    assert not np.allclose(few, many, atol=1e-3 * np.abs(many).max())
+
+
+def test_a_share_is_the_pixels_of_that_share(fitted):
+    by_share, by_count = (with_k(fitted, k).predict_proba(X) for k in (0.125, 18))
+    np.testing.assert_array_equal(by_share, by_count)
+
+
+@pytest.mark.parametrize("side", [12, 33])
+@pytest.mark.parametrize("predict_k", [None, 1, 40, 0.5, 1.0])
+def test_engine_and_pytorch_choose_as_many(side, predict_k, monkeypatch):
+    rng = np.random.default_rng(0)
+    images, y = rng.normal(size=(24, side, side)), np.arange(24) % 3  # no two scores tie
+    clf = quick(predict_k=predict_k).fit(images, y)
+    assert clf._engine is not None
+    compiled = clf.attention_maps(images), clf.predict_proba(images)
+    monkeypatch.setattr(clf, "_engine", None)
+    plain = clf.attention_maps(images), clf.predict_proba(images)
+    np.testing.assert_allclose(compiled[1], plain[1], rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(compiled[0].chosen, plain[0].chosen)
+    np.testing.assert_allclose(compiled[0].coarse, plain[0].coarse, rtol=0, atol=1e-5)
+
+
+def test_predict_k_survives_a_pickle_and_is_cloned(fitted):
+    clf = with_k(fitted, 9)
+    loaded = pickle.loads(pickle.dumps(clf))
+    assert loaded.predict_k == clone(clf).predict_k == 9
+    np.testing.assert_array_equal(loaded.predict_proba(X), clf.predict_proba(X))
+
+
+def test_predict_k_says_nothing_to_the_fit():
+    one, other = (quick(predict_k=k).fit(X, Y) for k in (None, 5))
+    assert one.k_ == other.k_
+    np.testing.assert_array_equal(other.set_params(predict_k=None).predict_proba(X), one.predict_proba(X))
+
+
+@pytest.mark.parametrize("predict_k", [0, -3, 0.0, 1.5, np.nan, "all", True, [5]])
+@pytest.mark.parametrize(
+    "method", ["predict", "predict_proba", "transform", "attention_maps", "evidence_maps", "occlusion_maps"]
+)
+def test_a_bad_predict_k_is_named_at_prediction(fitted, method, predict_k):
+    with pytest.raises(ValueError, match=r"predict_k="):
+        getattr(with_k(fitted, predict_k), method)(X)
+
+
+# ---- the published configuration ----
+
+
+def test_paper_is_the_published_configuration_in_one_call():
+    clf = SparseAttnClassifier.paper()
+    expected = {"variant": "paper", "k_init": 8000, "hidden_dim": 512, "focal_gamma": 2.0, "lr": 1e-3}
+    expected |= {"weight_decay": 1e-4, "lr_schedule": "plateau", "batch_size": 64}
+    expected |= {"contrastive_weight": 0.1, "temperature": 0.07, "distillation_weight": 0.02, "n_heads": 2}
+    found = clf.get_params()
+    assert {name: found[name] for name in expected} == expected
+    assert found["k_min"] == 1500
+    assert found["k_max"] == 1.0
+    [rule] = clf.callbacks
+    assert (rule.shrink, rule.grow, rule.ema_decay, rule.momentum, rule.update) == (50, 80, 0.2, 0.2, "batch")
+
+
+def test_paper_is_fitted_and_cloned():
+    clf = SparseAttnClassifier.paper(k_init=60, k_min=20, max_epochs=4, random_state=0)
+    first = clf.fit(X, Y).predict_proba(X)
+    assert clf.network_.tile == 1
+    assert "valid_loss" in clf.history_
+    assert "loss_at_k" not in clf.history_
+    assert set(np.diff(clf.history_["k"])) != {0.0}
+    assert 20 <= clf.k_ <= SIDE**2
+    np.testing.assert_array_equal(clone(clf).fit(X, Y).predict_proba(X), first)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"k_min": 500},
+        {"hidden_dim": 64},
+        {"lr_schedule": "onecycle"},
+        {"callbacks": None},
+        {"k_min": 20, "k_max": 90},
+    ],
+)
+def test_parameters_given_to_paper_take_their_place(params):
+    clf = SparseAttnClassifier.paper(max_epochs=1, random_state=0, **params)
+    assert {name: clf.get_params()[name] for name in params} == params
+    clf.fit(X, Y)
+    assert clf.k_ <= clf.get_params()["k_max"] * SIDE**2
+
+
+def test_two_estimators_of_the_paper_share_nothing():
+    one, other = SparseAttnClassifier.paper(), SparseAttnClassifier.paper()
+    assert one.callbacks is not other.callbacks
+    assert one.callbacks[0] is not other.callbacks[0]
 
 
 # ---- what may go in ----
@@ -273,13 +447,15 @@ def test_one_row_and_one_class():
     np.testing.assert_array_equal(clf.predict_proba(X[:3]), 1)
 
 
-def test_paper_k_on_paper_size():
+@pytest.mark.parametrize(
+    ("k_init", "k"), [(8000 / 18225, 507 * 16), (8000, 8000), (1, 94 * 16)], ids=["share", "count", "bound"]
+)
+def test_k_in_pixels_on_images_of_the_paper(k_init, k):
+    """`SparseAttnClassifier(k_min=1500).fit(X, y)`: tiles of 16 pixels, shares of 34×34 tiles."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (8, 135, 135), dtype=np.uint8)
-    clf = SparseAttnClassifier(k_min=1500, max_epochs=1, random_state=0).fit(images, np.arange(8) % 2)
-    assert clf.k_ == 8000
-    few = SparseAttnClassifier(k_init=1, k_min=1500, max_epochs=1, random_state=0)
-    assert few.fit(images, np.arange(8) % 2).k_ == 1500
+    clf = SparseAttnClassifier(k_min=1500, k_init=k_init, max_epochs=1, random_state=0)
+    assert clf.fit(images, np.arange(8) % 2).k_ == k
 
 
 # ---- weights ----
@@ -318,6 +494,49 @@ def test_balanced_classes_are_as_weighted_by_hand():
     by_hand = dict(enumerate(len(y) / (3 * counts)))
     balanced = quick(class_weight="balanced").fit(images, y).predict_proba(images)
     np.testing.assert_array_equal(quick(class_weight=by_hand).fit(images, y).predict_proba(images), balanced)
+
+
+TERMS = ("focal_loss", "contrastive_loss", "distillation_loss", "consistency_loss")
+
+
+def terms_of_the_first_step(images=X, y=Y, weight=None, **params):
+    """The terms of the loss before anything is learned, of all rows in one batch, with a k that stays."""
+    rule = DynamicK.paper(k_min=None, k_max=None)
+    clf = quick(max_epochs=1, batch_size=10**6, callbacks=[rule], **params)
+    history = clf.fit(images, y, sample_weight=weight).history_
+    return np.array([history[name][0] for name in TERMS])
+
+
+def test_weights_reach_every_term_of_the_loss():
+    """Each term is a mean by weight: linear in weights of mean 1."""
+    views = {"augment": lambda images, rng: images * rng.uniform(0.5, 1, (len(images), 1, 1, 1)).astype("f4")}
+    rng = np.random.default_rng(0)
+    weights = [weight / weight.mean() for weight in rng.uniform(0.1, 2, (2, 90)) ** 3]
+    one, other, mixed, none = (
+        terms_of_the_first_step(weight=weight, consistency_weight=1, **views)
+        for weight in (*weights, 0.3 * weights[0] + 0.7 * weights[1], None)
+    )
+    np.testing.assert_allclose(mixed, 0.3 * one + 0.7 * other, rtol=1e-5)
+    for terms in (one, other):
+        assert np.all(np.abs(terms - none) > 1e-3 * none)
+
+
+def test_a_weight_of_two_is_a_row_that_comes_twice_where_all_rows_do():
+    """Else batch norm and, for the contrastive loss, the pairs know the difference."""
+    once, weighted = (terms_of_the_first_step(weight=weight) for weight in (None, np.full(90, 2.0)))
+    twice = terms_of_the_first_step(np.concatenate([X, X]), np.concatenate([Y, Y]))
+    np.testing.assert_array_equal(once, weighted)
+    np.testing.assert_allclose(twice[[0, 2]], weighted[[0, 2]], rtol=1e-3)  # sums in another order
+
+
+def test_balanced_classes_count_rows_by_their_weights():
+    weight = np.where(Y == 2, 2.0, 1.0)
+    by_hand = {0: 120 / (3 * 30), 1: 120 / (3 * 30), 2: 120 / (3 * 60)}
+    balanced, expected = (
+        quick(class_weight=given).fit(X, Y, sample_weight=weight).predict_proba(X)
+        for given in ("balanced", by_hand)
+    )
+    np.testing.assert_allclose(balanced, expected, rtol=0, atol=1e-5)
 
 
 # ---- the training loop ----
@@ -363,24 +582,24 @@ class CountThreads(skorch.callbacks.Callback):
     """PyTorch's threads within a step of training and between two."""
 
     def initialize(self):
-        self.within_, self.between_ = set(), set()
+        self.counts_ = set()
         return self
 
     def on_grad_computed(self, net, named_parameters, **kwargs):
-        self.within_.add(torch.get_num_threads())
+        self.counts_.add(torch.get_num_threads())
 
     def on_batch_end(self, net, **kwargs):
-        self.between_.add(torch.get_num_threads())
+        self.counts_.add(torch.get_num_threads())
 
 
-@pytest.mark.parametrize(("params", "within"), [({}, 1), ({"variant": "paper"}, 2), ({"embed_dim": 24}, 2)])
-def test_pytorch_has_one_thread_where_compiled_code_does_the_work(params, within):
-    counts, before = CountThreads(), torch.get_num_threads()
-    torch.set_num_threads(2)
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_a_fit_has_the_threads_of_pytorch(n_threads):
+    watch, before = CountThreads(), torch.get_num_threads()
+    torch.set_num_threads(n_threads)
     try:
-        quick(callbacks=[counts], **params).fit(X, Y)
-        assert (counts.within_, counts.between_) == ({within}, {2})
-        assert torch.get_num_threads() == 2
+        quick(callbacks=[watch], max_epochs=1).fit(X, Y)
+        assert watch.counts_ == {n_threads}
+        assert torch.get_num_threads() == n_threads
     finally:
         torch.set_num_threads(before)
 
@@ -460,6 +679,35 @@ def test_learning_rate_schedules():
     assert set(np.round(np.log(lr / 1e-3) / np.log(0.9), 6)) >= {0.0, 1.0}
 
 
+@pytest.mark.parametrize("lr", [1e-2, 2e-3])
+def test_weight_decay_is_scaled_by_the_steps_of_the_fit(lr):
+    """None shrinks weights without gradient by a factor of e^3 over the fit, were the rate always `lr`."""
+    images, y = X[:, ::2, ::2], Y
+    n_steps = 8 * 45
+    fits = [
+        quick(max_epochs=8, batch_size=2, lr=lr, weight_decay=decay).fit(images, y).predict_proba(images)
+        for decay in (None, 3 / (lr * n_steps), 0.0)
+    ]
+    np.testing.assert_allclose(fits[0], fits[1], rtol=0, atol=1e-6)
+    assert not np.allclose(fits[0], fits[2], atol=1e-3)
+
+
+@pytest.mark.parametrize("max_epochs", [1, 3])
+@pytest.mark.parametrize("lr_schedule", ["onecycle", None])
+def test_weight_decay_of_few_steps_leaves_the_weights_in_place(max_epochs, lr_schedule):
+    """One batch a pass: however few the steps, none shrinks the weights to nothing or turns their sign."""
+    untrained, trained = (
+        quick(max_epochs=max_epochs, batch_size=90, lr_schedule=lr_schedule, lr=1e-4, weight_decay=decay)
+        .fit(X, Y)
+        .network_.fusion.first[0]
+        .weight.detach()
+        for decay in (0.0, None)
+    )
+    ratio = torch.linalg.vector_norm(trained) / torch.linalg.vector_norm(untrained)
+    assert 0.5 < ratio < 1.01
+    assert torch.dot(trained.flatten(), untrained.flatten()) > 0
+
+
 def test_batch_norm_statistics_are_those_of_the_training_rows():
     clf = quick().fit(X, Y)
     norm = clf.network_.coarse.early[1]
@@ -488,10 +736,12 @@ def test_augment_sees_scaled_images_and_our_generator():
 
 def test_consistency_gives_views_of_an_image_one_answer():
     """Against the same fit without: mirrored images, also new ones, are answered more alike."""
+    # Without noise all views are answered alike anyway.
+    noise = np.random.default_rng(0).normal(0, 80, (2, *X.shape))
 
     def apart(weight):
-        clf = quick(max_epochs=15, augment="dihedral", consistency_weight=weight).fit(X, Y)
-        new = disks(seed=1)[0]
+        clf = quick(max_epochs=15, augment="dihedral", consistency_weight=weight).fit(X + noise[0], Y)
+        new = disks(seed=1)[0] + noise[1]
         log_p, log_q = (np.log(clf.predict_proba(images)) for images in (new, new[:, ::-1]))
         return ((np.exp(log_p) - np.exp(log_q)) * (log_p - log_q)).sum(1).mean() / 2, clf.history_
 
@@ -564,7 +814,7 @@ def test_warm_start_goes_on():
     assert clf.history_["k"][10] == pytest.approx(k)
     cold = clf.set_params(warm_start=False).fit(X, Y)
     assert cold.n_iter_ == 2
-    assert cold.history_["k"][0] > k
+    assert cold.history_["k"][0] == pytest.approx(8000 / 18225 * SIDE**2)
 
 
 def test_warm_start_puts_k_within_new_bounds():
@@ -582,8 +832,32 @@ def test_partial_fit_goes_on_where_it_stopped():
         clf.partial_fit(X, Y, classes=[0, 1, 2])
     assert clf.n_iter_ == 15
     assert clf.history_["train_loss"][-1] < 0.7 * clf.history_["train_loss"][0]
-    assert clf.history_["k"][-1] < clf.history_["k"][0]
     assert set(clf.history_["lr"]) == {2e-3}
+    # k moves by worth from pass to pass, by at most 12 % at a time, and does not start anew.
+    steps = np.abs(np.diff(np.log(clf.history_["k"])))
+    assert 0 < steps.max() <= 0.12 + 1e-6
+    assert np.abs(np.log(clf.history_["k"][-1] / clf.history_["k"][0])) > 0.12
+
+
+def test_partial_fit_keeps_the_controller_the_optimiser_and_the_generator():
+    """Many passes in one call each are what one fit over them is, with the same rate and weight decay."""
+    options = {"lr": 2e-3, "weight_decay": 0.0, "lr_schedule": None}
+    whole = quick(max_epochs=5, **options).fit(X, Y)
+    parts = quick(max_epochs=1, **options)
+    for _ in range(5):
+        parts.partial_fit(X, Y, classes=[0, 1, 2])
+    for name in ("train_loss", "k", "loss_at_k", "loss_at_half_k", "lr"):
+        np.testing.assert_array_equal(parts.history_[name], whole.history_[name], err_msg=name)
+    for one, other in zip(parts.network_.parameters(), whole.network_.parameters(), strict=True):
+        np.testing.assert_array_equal(one.detach().numpy(), other.detach().numpy())
+
+
+def test_partial_fit_of_many_small_parts_learns():
+    clf = quick(lr=2e-3)
+    for _ in range(12):
+        for rows in np.array_split(np.random.default_rng(0).permutation(90), 6):
+            clf.partial_fit(X[rows], Y[rows], classes=[0, 1, 2])
+    assert clf.score(X, Y) > 0.8
 
 
 def test_partial_fit_survives_a_pickle_in_between():
@@ -611,6 +885,13 @@ def test_fit_after_partial_fit_starts_anew():
 # ---- in scikit-learn's company ----
 
 
+def test_digits_as_the_readme_says():
+    """`cross_val_score` with the defaults, on the first of the rows, for the sake of time."""
+    images, y = load_digits(return_X_y=True)
+    clf = SparseAttnClassifier(random_state=0)
+    assert cross_val_score(clf, images[:300], y[:300], cv=2, error_score="raise").mean() > 0.9
+
+
 def test_grid_search_over_the_loss_weights():
     grid = {"contrastive_weight": [0.0, 0.1], "distillation_weight": [0.0, 0.02]}
     search = GridSearchCV(quick(), grid, cv=2, n_jobs=2, error_score="raise").fit(X, Y)
@@ -635,9 +916,9 @@ def test_pipeline_calibration_and_voting():
 
 
 def test_clone_knows_the_parameters_only(fitted):
-    copy = clone(fitted)
-    assert copy.get_params() == fitted.get_params()
-    assert not hasattr(copy, "network_")
+    fresh = clone(fitted)
+    assert fresh.get_params() == fitted.get_params()
+    assert not hasattr(fresh, "network_")
 
 
 @pytest.mark.parametrize("how", ["pickle", "joblib"])
@@ -682,15 +963,10 @@ BAD_PARAMETERS = {
     "k_init": [0, -1, 1.5, 0.0, "all", None],
     "k_min": [0, 2.0, np.nan],
     "k_max": [0, -0.1],
-    "k_shrink": [-1, 1.1],
-    "k_grow": [-0.5, "fast"],
-    "ema_decay": [1.0, -0.1],
-    "k_momentum": [1.0, None],
-    "k_update": ["never", 1],
-    "variant": ["deep", None],
-    "gate_init": [0.0, 1.0, None],
-    "depth": [1, 4, 3.0, None],
-    "kernel_size": [1, 4, 5.0, None],
+    "k_tolerance": [-0.1, None, np.nan, np.inf, 10**400, "small"],
+    "predict_k": [0, 1.5, -2, "all", True],
+    "variant": ["context", None],
+    "size": ["small", 3, None],
     "embed_dim": [0, 2.5],
     "n_heads": [0, None],
     "hidden_dim": [0],
@@ -699,7 +975,6 @@ BAD_PARAMETERS = {
     "contrastive_weight": [-0.1, None],
     "temperature": [0.0, -1],
     "distillation_weight": [-1],
-    "distillation_emphasis": [0, "strong"],
     "consistency_weight": [-0.1, None, 1.0],  # the last as there is nothing to make views by
     "lr": [0, -1e-3],
     "weight_decay": [-1],
@@ -709,9 +984,9 @@ BAD_PARAMETERS = {
     "augment": ["rotate", 3],
     "image_shape": [7, (SIDE,), (SIDE, 0), (SIDE, SIDE, 1, 1), (SIDE, 2.0)],
     "data_range": [1.0, (1, 0), (0, np.inf), (0,), ("a", "b"), (2, 2)],
-    "validation_fraction": [0.0, 1.0],
+    "validation_fraction": [0.0, 1.0, 0.3],  # the last as there is nothing to validate for
     "early_stopping": ["yes", None],
-    "patience": [0],
+    "patience": [0, 5],  # the last as there is no early stopping
     "warm_start": [None],
     "callbacks": [7],
     "checkpoint_dir": [3, b"folder", True],
@@ -733,12 +1008,67 @@ def test_bad_parameters_are_named(name, value):
 def test_every_parameter_is_checked():
     assert set(BAD_PARAMETERS) == set(SparseAttnClassifier().get_params())
     assert set(BAD_PARAMETERS) == set(SparseAttnClassifier._parameter_constraints)
+    assert len(BAD_PARAMETERS) <= 36
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"patience": 5}, "patience=5 has no effect without early_stopping=True"),
+        ({"validation_fraction": 0.3}, "validation_fraction=0.3 has no effect without early_stopping=True"),
+        ({"variant": "paper", "size": "large"}, "size='large' has no effect with variant='paper'"),
+        ({"consistency_weight": 0.5}, "consistency_weight=0.5 needs augment"),
+        ({"k_min": 20, "callbacks": [DynamicK(k_min=9)]}, "k_min=20 has no effect beside the DynamicK"),
+        (
+            {"k_max": 0.5, "callbacks": [("k", DynamicK(k_max=9))]},
+            "k_max=0.5 has no effect beside the DynamicK",
+        ),
+        (
+            {"k_tolerance": 1, "callbacks": [DynamicK(tolerance=0)]},
+            "k_tolerance=1 has no effect beside the Dyna",
+        ),
+        ({"k_min": 20, "callbacks": [DynamicK.paper()]}, "k_min=20 has no effect beside the DynamicK"),
+        (
+            {"k_tolerance": 1, "callbacks": [DynamicK.paper(k_min=None, k_max=None)]},
+            "k_tolerance=1 has no effect beside the DynamicK",
+        ),
+    ],
+)
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+def test_a_parameter_without_effect_is_an_error(params, message, method):
+    options = {"classes": [0, 1, 2]} if method == "partial_fit" else {}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        getattr(quick(**params), method)(X, Y, **options)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"patience": 2, "early_stopping": True},
+        {"validation_fraction": 0.3, "early_stopping": True},
+        {"validation_fraction": 0.3, "lr_schedule": "plateau"},
+        {"patience": 10, "validation_fraction": 0.2, "variant": "paper", "size": "default"},  # the defaults
+        {"k_min": 20, "callbacks": [DynamicK(k_max=90, tolerance=0.1)]},
+        {"k_min": 20, "k_max": 90, "callbacks": [DynamicK.paper(k_min=None, k_max=None)]},
+    ],
+)
+def test_a_parameter_that_has_its_effect_is_none(params):
+    quick(**params).fit(X, Y)
+
+
+def test_what_a_given_rule_leaves_open_is_taken_from_the_estimator():
+    clf = quick(k_init=1.0, k_min=100, callbacks=[DynamicK(tolerance=1e6, step=1.0)], max_epochs=6).fit(X, Y)
+    assert clf.k_ == 100
+    of_the_rule = quick(k_init=1.0, callbacks=[DynamicK(k_min=90, tolerance=1e6, step=1.0)], max_epochs=6)
+    assert of_the_rule.fit(X, Y).k_ == 90
 
 
 def test_bounds_of_k():
     with pytest.raises(ValueError, match=r"k_min=80 is above k_max=20"):
         quick(k_min=80, k_max=20).fit(X, Y)
-    assert quick(k_max=5).fit(X, Y).k_ <= 5  # the default k_min, 12 pixels here, gives way
+    with pytest.raises(ValueError, match=r"k_min=80 is above k_max=20"):
+        quick(k_min=80, callbacks=[DynamicK(k_max=20)]).partial_fit(X, Y, classes=[0, 1, 2])
+    assert quick(k_max=5).fit(X, Y).k_ <= 5
     assert quick(k_min=10**9).fit(X, Y).k_ == SIDE * SIDE
 
 
@@ -865,7 +1195,7 @@ def test_a_fit_that_fails_leaves_the_old_one(spoil):
     with pytest.raises(ValueError, match=r"data_range|X_val|k_min|diverged|augment"):
         spoil(clf)
     np.testing.assert_array_equal(clf.set_params(**params).predict_proba(X), before)
-    assert clf.attention_maps(X).pixels.shape == (90, clf.k_)
+    assert clf.attention_maps(X).tiles.shape == (90, clf.k_)
 
 
 def test_a_partial_fit_that_fails_does_not_count():
@@ -892,7 +1222,7 @@ def test_a_partial_fit_that_fails_does_not_count():
         ({"callbacks": [42]}, r"callbacks\[0\]=42"),
         ({"callbacks": [("a",)]}, r"callbacks\[0\]="),
         ({"k_init": True}, "'k_init' parameter .* Got True instead"),
-        ({"k_grow": False}, "'k_grow' parameter .* Got False instead"),
+        ({"k_tolerance": False}, "'k_tolerance' parameter .* Got False instead"),
     ],
 )
 def test_what_cannot_be_trained_is_named(params, message):
@@ -917,14 +1247,17 @@ def test_numbers_too_large_are_named(params, message):
 
 
 def test_numbers_too_large_to_matter_do_not():
-    large = dict.fromkeys(["k_init", "k_max", "batch_size", "patience"], 10**400)
-    expected = quick(k_init=1.0, k_max=1.0, batch_size=90, patience=90).fit(X, Y).predict_proba(X)
+    large = dict.fromkeys(["k_init", "k_max", "batch_size", "patience", "predict_k"], 10**400)
+    large["early_stopping"] = True
+    small = {"k_init": 1.0, "k_max": 1.0, "batch_size": 90, "patience": 90, "predict_k": 1.0}
+    expected = quick(early_stopping=True, **small).fit(X, Y).predict_proba(X)
     np.testing.assert_array_equal(quick(**large).fit(X, Y).predict_proba(X), expected)
 
 
 def test_fractions_are_numbers():
-    expected = quick(k_init=0.5, lr=0.01).fit(X, Y).predict_proba(X)
-    found = quick(k_init=Fraction(1, 2), lr=Fraction(1, 100)).fit(X, Y).predict_proba(X)
+    expected = quick(k_init=0.5, lr=0.01, predict_k=0.25).fit(X, Y).predict_proba(X)
+    fractions = {"k_init": Fraction(1, 2), "lr": Fraction(1, 100), "predict_k": Fraction(1, 4)}
+    found = quick(**fractions).fit(X, Y).predict_proba(X)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -996,8 +1329,13 @@ def test_a_given_dynamic_k_replaces_the_built_in_one():
     start = 8000 / 18225 * SIDE**2
     assert clf.history_["k"][0] != pytest.approx(start)
     assert quick().fit(X, Y).history_["k"][0] == pytest.approx(start)
-    frozen = quick(callbacks=[DynamicK(shrink=0, grow=0)], max_epochs=4).fit(X, Y)
+    frozen = quick(callbacks=[DynamicK.paper(k_min=1, shrink=0, grow=0)], max_epochs=4).fit(X, Y)
     assert np.all(frozen.history_["k"] == frozen.history_["k"][0])
+    slow, quickly = (
+        quick(callbacks=[DynamicK(step=step)], k_tolerance=1e6, max_epochs=4).fit(X, Y).k_
+        for step in (0.01, 0.5)
+    )
+    assert quickly < slow
 
 
 def test_learning_rate_is_that_of_the_last_step_of_an_epoch():

@@ -10,7 +10,13 @@ import pytest
 from matplotlib import pyplot as plt
 from scipy import sparse
 
-from sklearn_sparseattn import AttentionDisplay, MeanAttentionDisplay, SparseAttnClassifier, TrainingDisplay
+from sklearn_sparseattn import (
+    AttentionDisplay,
+    DynamicK,
+    MeanAttentionDisplay,
+    SparseAttnClassifier,
+    TrainingDisplay,
+)
 
 COLUMNS = ["image", "coarse attention", "chosen pixels", "fine attention"]
 
@@ -57,8 +63,8 @@ def test_columns_show_image_attention_and_chosen_pixels():
     for i, (image, coarse, chosen, fine) in enumerate(display.axes_):
         np.testing.assert_allclose(shown(image), X[i] / 255)
         np.testing.assert_array_equal(shown(coarse), maps.coarse[i])
-        is_chosen = np.zeros(X[i].shape, dtype=bool)
-        is_chosen.flat[maps.pixels[i]] = True
+        is_chosen = maps.chosen[i]
+        assert 0 < is_chosen.sum() < is_chosen.size
         colours = shown(chosen)
         is_gray = (colours == colours[..., :1]).all(axis=-1)
         np.testing.assert_array_equal(is_gray, ~is_chosen)
@@ -113,9 +119,10 @@ def test_rgb_is_shown_in_colour_and_its_chosen_pixels_on_gray():
     clf, X, _ = fitted(shape=(12, 14, 3))
     display = AttentionDisplay.from_estimator(clf, X, max_images=2)
     np.testing.assert_allclose(shown(display.axes_[0, 0]), X[0] / 255)
-    unchosen = np.setdiff1d(np.arange(12 * 14), display.pixels[0])
-    colours = shown(display.axes_[0, 2]).reshape(-1, 3)[unchosen]
-    gray = (X[0] / 255).mean(axis=-1).ravel()[unchosen]
+    unchosen = ~display.chosen[0]
+    assert 0 < unchosen.sum() < unchosen.size
+    colours = shown(display.axes_[0, 2])[unchosen]
+    gray = (X[0] / 255).mean(axis=-1)[unchosen]
     np.testing.assert_allclose(colours, np.repeat(gray[:, None], 3, axis=1))
 
 
@@ -176,12 +183,12 @@ def test_axes_of_the_user_are_drawn_on():
 
 
 def test_one_strong_pixel_does_not_darken_the_others():
-    fine = np.zeros((1, 20, 20))
-    pixels = np.arange(200)[None]
-    fine.reshape(1, -1)[0, :200] = 0.1
+    chosen = np.zeros((1, 20, 20), dtype=bool)
+    chosen[0, :10] = True
+    fine = 0.1 * chosen
     fine[0, 0, 0] = 100.0
     display = AttentionDisplay(
-        np.zeros((1, 20, 20)), coarse=np.zeros((1, 20, 20)), pixels=pixels, fine=fine, titles=["one"]
+        np.zeros((1, 20, 20)), coarse=np.zeros((1, 20, 20)), chosen=chosen, fine=fine, titles=["one"]
     ).plot()
     low, high = display.axes_[0, 3].images[0].get_clim()
     assert low == 0
@@ -389,16 +396,58 @@ def test_training_curves_are_the_history():
     assert loss.get_yscale() == "log"
 
 
-def test_training_of_an_estimator_with_validation_rows():
+def titles(display):
+    return [axis.get_title() for axis in display.axes_]
+
+
+@pytest.mark.parametrize("rule", [None, "paper"])
+@pytest.mark.parametrize("validates", [True, False])
+def test_training_of_an_estimator(rule, validates):
     X, y = make_images()
-    clf = fit(X, y, early_stopping=True, validation_fraction=0.25)
+    callbacks = [DynamicK.paper(k_min=3)] if rule == "paper" else None
+    own = {"early_stopping": True, "validation_fraction": 0.25} if validates else {}
+    clf = fit(X, y, callbacks=callbacks, **own)
     display = TrainingDisplay.from_estimator(clf)
-    assert display.axes_.shape == (4,)
+    assert titles(display) == [
+        "loss",
+        "chosen pixels, % of the image",
+        *([] if rule == "paper" else ["loss with k and with k / 2 pixels"]),
+        "learning rate",
+        *(["validation accuracy"] if validates else []),
+    ]
     np.testing.assert_allclose(display.axes_[1].lines[0].get_ydata(), 100 * clf.history_["k"] / (12 * 14))
-    np.testing.assert_array_equal(display.axes_[3].lines[0].get_ydata(), clf.history_["valid_score"])
-    assert "answer, validation" in curves(display.axes_[0])
-    with pytest.raises(ValueError, match=r"ax must have the shape \(4,\); got \(3,\)"):
-        display.plot(ax=plt.subplots(1, 3)[1])
+    if rule is None:
+        known = np.isfinite(clf.history_["loss_at_k"])
+        assert known.any()
+        drawn = curves(display.axes_[2])
+        np.testing.assert_array_equal(drawn["k"], clf.history_["loss_at_k"][known])
+        np.testing.assert_array_equal(drawn["k / 2"], clf.history_["loss_at_half_k"][known])
+    if validates:
+        np.testing.assert_array_equal(display.axes_[-1].lines[0].get_ydata(), clf.history_["valid_score"])
+    assert ("answer, validation" in curves(display.axes_[0])) == validates
+    n = len(display.axes_)
+    with pytest.raises(ValueError, match=rf"ax must have the shape \({n},\); got \(2,\)"):
+        display.plot(ax=plt.subplots(1, 2)[1])
+
+
+def test_epochs_without_a_comparison_leave_no_gap():
+    """Of few batches not every epoch has one; of a history joined to another rule's some have none."""
+    compared = {"loss_at_k": np.array([0.9, np.nan, 0.5]), "loss_at_half_k": np.array([0.8, np.nan, 0.5])}
+    display = TrainingDisplay.from_history(HISTORY | compared, n_pixels=200)
+    for line, values in zip(display.axes_[2].lines, ([0.9, 0.5], [0.8, 0.5]), strict=True):
+        np.testing.assert_array_equal(line.get_xdata(), [1, 3])
+        np.testing.assert_array_equal(line.get_ydata(), values)
+    assert len({(line.get_color(), line.get_linestyle()) for line in display.axes_[2].lines}) == 2
+    never = {name: np.full(3, np.nan) for name in compared}
+    assert len(TrainingDisplay.from_history(HISTORY | never, n_pixels=200).axes_) == 3
+
+
+def test_a_table_of_the_history_is_drawn_alike():
+    pd = pytest.importorskip("pandas")
+    compared = {"loss_at_k": np.array([0.9, 0.7, 0.5]), "loss_at_half_k": np.array([0.8, 0.6, 0.5])}
+    display = TrainingDisplay.from_history(pd.DataFrame(HISTORY | compared), n_pixels=200)
+    assert len(display.axes_) == 4
+    np.testing.assert_array_equal(curves(display.axes_[0])["total"], HISTORY["train_loss"])
 
 
 def test_lines_are_seen_on_a_dark_ground():

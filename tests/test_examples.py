@@ -104,6 +104,7 @@ def test_quickstart(capsys):
     assert rows.shape == (3, 3)
     np.testing.assert_allclose(rows.sum(axis=1), 1, atol=0.02)
     assert "coarse attention (15, 48, 48) fine attention (15, 48, 48)" in text
+    assert 0 <= row_of(text, "accuracy by half of the pixels")[0] <= 1
 
 
 def test_classify_folder(folder_of_cells, capsys):
@@ -118,7 +119,11 @@ def test_classify_folder(folder_of_cells, capsys):
     epochs, k = np.array([[float(n) for n in line.split()[:2]] for line in course]).T
     np.testing.assert_array_equal(epochs, np.arange(1, 9))
     assert k[0] == round(8000 / 18225 * 256)
-    assert (np.diff(k) <= 0).any()
+    assert ((k >= 1) & (k <= 256)).all()
+    losses = np.array([[float(n) for n in line.split()[3:]] for line in course])
+    assert losses.shape == (8, 3)
+    assert (np.isnan(losses) | (losses >= 0)).all()  # not every epoch has a comparison
+    assert (losses[::2] >= 0).all()
 
 
 def test_classify_folder_gray_and_uncropped(folder_of_cells, capsys):

@@ -170,21 +170,31 @@ def in_parts(attributions, fitted):
 
 def test_parts_make_the_answer(attributions, in_parts):
     network, parts, _, logits = in_parts
-    z_fine = network.fine(network.embedding.out(parts.hidden))[0]
-    torch.testing.assert_close(attributions.answer(network, z_fine, parts.z_coarse), logits)
+    of_tokens = attributions.pooled(network, parts.tokens)
+    torch.testing.assert_close(attributions.answer(network, of_tokens, parts.z_coarse), logits)
 
 
 def test_dropping_all_tokens_but_the_first_to_go(attributions, in_parts):
     network, parts, label, logits = in_parts
     probability = logits.softmax(1)[0, 1].item()
-    maps = parts.scores.numpy()
+    maps = (
+        parts.scores.numpy().repeat(network.tile, 1).repeat(network.tile, 2)[:, :30, :31]
+    )  # cut at two sides
     none, half = (attributions.without_tokens(network, parts, maps, label, share) for share in (0.0, 0.5))
     np.testing.assert_allclose(none, probability, rtol=1e-9)
-    order = parts.scores.flatten(1).gather(1, parts.pixels)[0].argsort(descending=True)
-    kept = parts.hidden[:, order[round(0.5 * len(order)) :]]
-    z_fine = network.fine(network.embedding.out(kept))[0]
-    expected = attributions.answer(network, z_fine, parts.z_coarse).softmax(1)[0, 1].item()
+    values = attributions.sum_by_tile(maps, network.tile)[0, parts.tiles[0]]
+    kept = parts.tokens[:, np.argsort(-values)[round(0.5 * len(values)) :].copy()]
+    z_fine = network.fine_norm(network.fine(network.tokens.out(kept))[0])
+    of_tokens = torch.cat([z_fine, kept.amax(1)], dim=1)
+    expected = attributions.answer(network, of_tokens, parts.z_coarse).softmax(1)[0, 1].item()
     np.testing.assert_allclose(half, expected, rtol=1e-9)
+
+
+def test_sums_by_tile(attributions):
+    maps = np.arange(2 * 3 * 5).reshape(2, 3, 5)
+    found = attributions.sum_by_tile(maps, 2)
+    assert found.shape == (2, 6)
+    assert found[0].tolist() == [0 + 1 + 5 + 6, 2 + 3 + 7 + 8, 4 + 9, 10 + 11, 12 + 13, 14]
 
 
 def test_paths(attributions, fitted):
@@ -192,7 +202,7 @@ def test_paths(attributions, fitted):
     clf, images = fitted
     network = attributions.OursLogits(clf.network_).network
     with torch.no_grad():
-        network.fusion.first[0].weight[:, : network.fine.value.out_features] = 0
+        network.fusion.first[0].weight[:, : 2 * network.fine.value.out_features] = 0
     inputs = attributions.scaled(PixelScale(clf.data_range_), images)
     parts = attributions.take_apart(network, inputs)
     predicted = network(inputs).logits.argmax(1).numpy()

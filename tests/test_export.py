@@ -1,5 +1,6 @@
-"""The ONNX model answers as the classifier does, in ONNX Runtime and in OpenVINO."""
+"""The ONNX model answers as the network does in float64, in ONNX Runtime and in OpenVINO."""
 
+import copy
 import json
 import pickle
 import sys
@@ -12,25 +13,70 @@ import pytest
 import torch
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
+from torch import nn
 
 from sklearn_sparseattn import SparseAttnClassifier, export_onnx
 from sklearn_sparseattn.datasets import make_cells
+from sklearn_sparseattn.images import PixelScale
+from sklearn_sparseattn.network import SparseAttnNet, select_pixels, strides_for
 
 
-def in_onnx_runtime(path, outputs=None):
+def in_onnx_runtime(path):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(outputs, {"images": images})
+    return lambda images: session.run(None, {"images": images})[0]
 
 
 def in_openvino(path):
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     model = openvino.Core().compile_model(path, "CPU", settings)
-    return lambda images: list(model([images]).values())
+    return lambda images: next(iter(model([images]).values()))
 
 
 RUNTIMES = {"onnxruntime": in_onnx_runtime, "openvino": in_openvino}
+FORMS = [{}, {"size": "large"}, {"variant": "paper"}]
+
+
+class TiedExactly(SparseAttnNet):
+    """Chooses as in exact arithmetic, in which scores of equal pixels tie: float64 tells them apart."""
+
+    def choose(self, images, scores):
+        return select_pixels(scores.round(decimals=9), self.n_chosen(scores[0].numel()))
+
+
+def expected(clf, images):
+    """Probabilities by PyTorch in float64."""
+    network = copy.deepcopy(clf.network_).double().eval()
+    network.__class__ = TiedExactly
+    if clf.predict_k is not None:
+        n_pixels = network.area_of(*clf.image_shape_[:2])
+        network.k.fill_(clf.predict_k * (n_pixels if isinstance(clf.predict_k, float) else 1))
+    scaled = PixelScale(clf.data_range_)(images.reshape(len(images), *clf.image_shape_))
+    with torch.no_grad():
+        return network(torch.from_numpy(scaled).double()).logits.softmax(1).numpy()
+
+
+def drawn(image_shape, data_range=(0.0, 255.0), **form):
+    """A classifier as a fit leaves it, with weights that are drawn."""
+    height, width, n_channels = (*image_shape, 1)[:3]
+    network = SparseAttnNet(n_channels, 3, k=0.2 * height * width, strides=strides_for(height, width), **form)
+    generator = torch.Generator().manual_seed(0)
+    network.reset_parameters(generator)
+    network.coarse.background.fill_(0.37)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            nn.init.normal_(module.weight, 1, 0.3, generator=generator)
+            nn.init.normal_(module.bias, 0, 0.3, generator=generator)
+    with torch.no_grad():  # no key is about 0 in all tokens: their shares would magnify any rounding
+        network.fine.cls_token.abs_()
+        network.fine.key.weight.abs_()
+    clf = SparseAttnClassifier()
+    clf.network_, clf.classes_ = network.eval(), np.arange(3)
+    clf.image_shape_, clf.data_range_ = (height, width, n_channels), data_range
+    return clf
 
 
 def fit(images, n_classes=3, **params):
@@ -43,103 +89,67 @@ def noise(n, shape, dtype, data_range=(0, 255)):
     return values.astype(dtype)
 
 
-def with_pixels(path):
-    """The model with its chosen pixels as a second output, beside it."""
-    model = onnx.load(path)
-    [nonzero] = [node.output[0] for node in model.graph.node if node.op_type == "NonZero"]
-    [gathered] = [node.output[0] for node in model.graph.node if nonzero in node.input]
-    [pixels] = [node.output[0] for node in model.graph.node if gathered in node.input]
-    model.graph.output.append(onnx.helper.make_tensor_value_info(pixels, onnx.TensorProto.INT64, None))
-    onnx.save(model, path.with_suffix(".pixels.onnx"))
-    return path.with_suffix(".pixels.onnx")
-
-
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("variant", ["context", "paper"])
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [
-        ((40, 40), "uint8"),
-        ((33, 50, 3), "uint8"),
-        ((17, 9), "float32"),
-        ((1, 30), "float32"),
-        ((6, 5, 2), "uint16"),
-    ],
-    ids=str,
-)
-def test_it_answers_as_the_classifier(runtime, variant, shape, dtype, tmp_path):
-    """In any number of images; uint16 and float32 come with whatever range was learned."""
-    images = noise(60, shape, dtype, (0, 255) if dtype == "uint8" else (1000, 3000))
-    clf = fit(images[:30], variant=variant)
-    path = tmp_path / "model.onnx"
-    export_onnx(clf, path, dtype=dtype)
-    run = RUNTIMES[runtime](with_pixels(path))
-    for some in (images, images[:1], images[7:9]):
-        probabilities, pixels = run(some)
-        assert probabilities.dtype == np.float32
-        assert probabilities.shape == (len(some), 3)
-        np.testing.assert_allclose(probabilities, clf.predict_proba(some), rtol=0, atol=1e-5)
-        np.testing.assert_array_equal(pixels, np.sort(clf.attention_maps(some).pixels, axis=1))
-
-
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"kernel_size": 5},
-        {"kernel_size": 7, "depth": 3},
-        {"kernel_size": 7, "variant": "paper"},
-        {"depth": 3, "variant": "paper"},
-    ],
-    ids=str,
-)
-def test_larger_and_more_kernels(runtime, options, tmp_path):
-    images = noise(40, (20, 27), "uint8")
-    clf = fit(images, **options)
-    path = tmp_path / "model.onnx"
-    export_onnx(clf, path)
-    probabilities, pixels = RUNTIMES[runtime](with_pixels(path))(images)
-    np.testing.assert_allclose(probabilities, clf.predict_proba(images), rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(pixels, np.sort(clf.attention_maps(images).pixels, axis=1))
-
-
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("modality", ["brightfield", "event", "hologram", "opd"])
-def test_it_answers_as_the_classifier_of_cells(runtime, modality, tmp_path):
-    """Where the same pixels are chosen: scores that differ in the last digit may come in another order."""
-    cells = make_cells(200, modality=modality, image_size=40, random_state=0)
-    images = cells.images if cells.images.dtype == np.uint8 else cells.images.astype(np.float32)
-    clf = fit(images[:60])
-    path = tmp_path / "model.onnx"
-    export_onnx(clf, path)
-    probabilities, pixels = RUNTIMES[runtime](with_pixels(path))(images)
-    expected = np.sort(clf.attention_maps(images).pixels, axis=1)
-    same = (pixels == expected).all(axis=1)
-    assert same.mean() >= 0.95
-    np.testing.assert_allclose(probabilities[same], clf.predict_proba(images)[same], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("k", [1, 100, 1600])
-def test_equal_scores_go_to_the_lower_index(runtime, k, tmp_path):
-    """Of a flat image all scores but those at the border are equal."""
-    clf = fit(noise(30, (40, 40), "uint8"), k_init=k, k_min=k, k_max=k)
-    path = tmp_path / "model.onnx"
-    export_onnx(clf, path)
-    flat = np.full((3, 40, 40), [[[0]], [[90]], [[255]]], dtype=np.uint8)
-    with pytest.warns(UserWarning, match="units of the training images"):  # one of them alone spans nothing
-        clf.predict_proba(np.concatenate([flat[:1], flat[:1] + 1]))
-    _, pixels = RUNTIMES[runtime](with_pixels(path))(flat)
-    np.testing.assert_array_equal(pixels, np.sort(clf.attention_maps(flat).pixels, axis=1))
-
-
-@pytest.mark.parametrize("data_range", [(-3.3, 1e6), (1e4 + 0.1, 1e4 + 1)])
-def test_ranges_that_float32_does_not_hold(data_range, tmp_path):
-    images = noise(60, (12, 12), np.float32, data_range)
-    clf = fit(images, data_range=data_range)
+@pytest.mark.parametrize("predict_k", [1, 0.15, 0.6, 1.0])
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: str([*form.values()]))
+@pytest.mark.parametrize("shape", [(64, 64, 3), (40, 40), (17, 23), (8, 8), (1, 30), (6, 5, 2)], ids=str)
+def test_it_answers_as_the_network(shape, form, predict_k, runtime, tmp_path):
+    """In any number of images, also of images and halves of images in which all pixels are equal."""
+    clf = drawn(shape, **form)
+    clf.set_params(predict_k=predict_k)
+    images = noise(12, shape, "uint8")
+    images[0], images[1], images[2], images[3, shape[0] // 2 :] = 0, 90, 255, 130
     export_onnx(clf, tmp_path / "model.onnx")
-    [probabilities] = in_onnx_runtime(tmp_path / "model.onnx")(images)
-    np.testing.assert_allclose(probabilities, clf.predict_proba(images), rtol=0, atol=1e-5)
+    run = RUNTIMES[runtime](tmp_path / "model.onnx")
+    for some in (images, images[:1], images[7:9]):
+        probabilities = run(some)
+        assert probabilities.dtype == np.float32
+        np.testing.assert_allclose(probabilities, expected(clf, some), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: str([*form.values()]))
+def test_it_answers_as_a_classifier_of_cells(runtime, form, tmp_path):
+    cells = make_cells(120, modality="hologram", image_size=40, random_state=0)
+    clf = fit(cells.images[:60], **form)
+    export_onnx(clf, tmp_path / "model.onnx", dtype="float32")
+    images = cells.images.astype(np.float32)
+    probabilities = RUNTIMES[runtime](tmp_path / "model.onnx")(images)
+    sure = np.ones(len(images), dtype=bool)
+    if clf.network_.tile == 1:  # without gates it matters which of two nearly equal pixels is chosen
+        scores = np.sort(clf.attention_maps(images.astype(float)).coarse.reshape(len(images), -1), axis=1)
+        gap = scores[:, -clf.k_] - scores[:, -clf.k_ - 1]
+        sure = (gap == 0) | (gap > 1e-6)  # beyond the last cells, scores tie exactly
+        assert sure.mean() > 0.9
+    np.testing.assert_allclose(probabilities[sure], clf.predict_proba(images)[sure], rtol=0, atol=1e-5)
+
+
+def test_it_has_the_tiles_that_the_estimator_has_now(tmp_path):
+    images = noise(20, (12, 12), "uint8")
+    clf = fit(images)
+    found = []
+    for predict_k in (1, 0.5, None):
+        clf.set_params(predict_k=predict_k)
+        export_onnx(clf, tmp_path / "model.onnx")
+        probabilities = in_onnx_runtime(tmp_path / "model.onnx")(images)
+        np.testing.assert_allclose(probabilities, clf.predict_proba(images), rtol=0, atol=1e-5)
+        found.append(probabilities)
+    assert np.abs(found[0] - found[1]).max() > 1e-4
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((17, 9), "float32"), ((6, 5, 2), "uint16"), ((33, 50, 3), "uint16")]
+)
+@pytest.mark.parametrize("data_range", [(1000, 3000), (-3.3, 1e6), (1e4 + 0.1, 1e4 + 1), (0, 1e-7)])
+def test_other_dtypes_and_ranges(shape, dtype, data_range, runtime, tmp_path):
+    """Float32 holds neither all bounds nor all widths."""
+    clf = drawn(shape, data_range)
+    low, high = (min(max(bound, 0), 65535) if dtype == "uint16" else bound for bound in data_range)
+    images = noise(12, shape, dtype, (low, high))
+    export_onnx(clf, tmp_path / "model.onnx", dtype=dtype)
+    probabilities = RUNTIMES[runtime](tmp_path / "model.onnx")(images)
+    np.testing.assert_allclose(probabilities, expected(clf, images), rtol=0, atol=1e-5)
 
 
 def test_the_model_says_what_it_is(tmp_path):
@@ -154,7 +164,8 @@ def test_the_model_says_what_it_is(tmp_path):
         "classes": ["blast", "ä"],
         "image_shape": [8, 10, 3],
         "data_range": [0.0, 255.0],
-        "k": clf.k_,
+        "tile": clf.network_.tile,
+        "n_tiles": clf.attention_maps(images).tiles.shape[1],
     }
     assert model.producer_name == "sklearn-sparseattn"
     [given], [result] = model.graph.input, model.graph.output
@@ -163,7 +174,7 @@ def test_the_model_says_what_it_is(tmp_path):
     sizes = [size.dim_param or size.dim_value for size in given.type.tensor_type.shape.dim]
     assert sizes == ["n", 8, 10, 3]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    assert json.loads(session.get_modelmeta().custom_metadata_map["k"]) == clf.k_
+    assert json.loads(session.get_modelmeta().custom_metadata_map["tile"]) == clf.network_.tile
 
 
 def test_the_dtype_follows_the_range_and_can_be_said(tmp_path):

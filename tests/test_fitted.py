@@ -4,6 +4,8 @@ import copy
 import pickle
 import subprocess
 import sys
+import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from joblib import parallel_config
 from sklearn_sparseattn import SparseAttnClassifier
 from sklearn_sparseattn.datasets import make_cells
 from sklearn_sparseattn.images import PixelScale
-from sklearn_sparseattn.inference import Engine
+from sklearn_sparseattn.inference import Engine, library
 
 CELLS = make_cells(60, modality="event", n_classes=2, image_size=32, random_state=0)
 
@@ -24,19 +26,21 @@ def clf():
 
 
 def exact_probabilities(clf, images):
-    """By PyTorch in float64, of the same pixels: where scores tie, rounding decides which are chosen."""
+    """By PyTorch in float64, of the same tiles: where scores tie, rounding decides which are chosen."""
     network = copy.deepcopy(clf.network_).double().eval()
-    pixels = torch.from_numpy(np.sort(clf.attention_maps(images).pixels, axis=1))
-    network.choose = lambda images, scores: pixels
+    tiles = torch.from_numpy(clf.attention_maps(images).tiles)
+    network.choose = lambda images, scores: tiles
     with torch.inference_mode():
         scaled = torch.from_numpy(PixelScale(clf.data_range_)(images[..., None])).double()
         return torch.softmax(network(scaled).logits, 1).numpy()
 
 
 def test_it_answers_as_its_network(clf):
-    np.testing.assert_allclose(
-        clf.predict_proba(CELLS.images), exact_probabilities(clf, CELLS.images), rtol=0, atol=1e-5
-    )
+    for predict_k in (None, 60, 0.5, 1.0):
+        found = copy.copy(clf).set_params(predict_k=predict_k)
+        np.testing.assert_allclose(
+            found.predict_proba(CELLS.images), exact_probabilities(found, CELLS.images), rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("method", ["predict_proba", "transform", "attention_maps"])
@@ -96,12 +100,33 @@ def test_weights_are_kept_once(clf):
     assert "_engine" not in clf.__getstate__()
 
 
-def test_without_compiled_code_it_answers_all_the_same(clf, monkeypatch):
+def test_without_compiled_code_it_says_so_once_and_answers_all_the_same(clf, monkeypatch):
     images = np.random.default_rng(0).normal(size=CELLS.images.shape)  # no two scores tie
     expected = clf.predict_proba(images)
-    monkeypatch.setattr(sys.modules["sklearn_sparseattn.inference.engine"], "_LIBRARY", None)
-    plain = copy.deepcopy(clf)
-    np.testing.assert_allclose(plain.predict_proba(images), expected, rtol=0, atol=1e-4)
+    monkeypatch.setattr(library, "load", lambda: library.Loaded(None, "It was taken away."))
+    monkeypatch.setattr(library, "_HAS_WARNED", threading.Event())
+    with pytest.warns(UserWarning, match=r"PyTorch predicts in its place.* It was taken away\."):
+        plain = copy.deepcopy(clf)
+    again = copy.deepcopy(clf)  # a warning would be an error
+    assert plain._engine is again._engine is None
+    np.testing.assert_allclose(plain.predict_proba(images), expected, rtol=0, atol=1e-5)
+
+
+def test_a_fit_without_compiled_code_is_the_same_fit(clf, monkeypatch):
+    monkeypatch.setattr(library, "load", lambda: library.Loaded(None, "It was taken away."))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        plain = SparseAttnClassifier(max_epochs=2, random_state=0).fit(CELLS.images, CELLS.target)
+    for one, other in zip(plain.network_.parameters(), clf.network_.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_k_counts_tiles_alike_in_the_engine_and_in_the_network(clf):
+    """Also at the roundings: k pixels are k / 16 tiles, half up, at least one and at most all."""
+    for k, n_tiles in [(1, 1), (23, 1), (24, 2), (25, 2), (1000, 63), (1016, 64), (1024, 64), (10**6, 64)]:
+        chosen = copy.copy(clf).set_params(predict_k=k).attention_maps(CELLS.images[:3]).tiles
+        assert chosen.shape == (3, n_tiles)
+        assert clf.network_.n_chosen(64, k) == n_tiles
 
 
 FIRST_PREDICT = """

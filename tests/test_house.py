@@ -32,11 +32,12 @@ MAY_IMPORT = {
         "pixel_set",
         "report",
         "training",
+        "versions",
     },
     "classifier": {"fitted", "images", "inference", "network", "parameters", "training"},
-    "fitted": {"images", "inference", "network"},
+    "fitted": {"images", "inference", "network", "parameters"},
     "pixel_set": {"images", "network", "parameters"},
-    "training": {"files", "images", "network"},
+    "training": {"files", "images", "network", "parameters"},
     "inference": {"images", "network"},
     "files": set(),
     "images": set(),
@@ -44,9 +45,10 @@ MAY_IMPORT = {
     "parameters": set(),
     "datasets": set(),
     "display": set(),
-    "persistence": {"classifier", "files", "fitted", "inference", "network"},
-    "export": {"classifier", "files", "images", "inference", "network", "persistence"},
+    "persistence": {"classifier", "files", "fitted", "inference", "network", "parameters"},
+    "export": {"classifier", "files", "images", "inference", "network", "parameters", "persistence"},
     "report": {"files"},
+    "versions": {"inference"},
 }
 # Prefixes of foreign modules that a room must not import, and exceptions from them.
 FOREIGN = {
@@ -68,6 +70,7 @@ PUBLIC = {
         "export_onnx",
         "load_model",
         "save_model",
+        "show_versions",
         "write_report",
     },
     f"{NAME}.network": {
@@ -77,6 +80,7 @@ PUBLIC = {
         "FineAttention",
         "FusionClassifier",
         "SparseAttnNet",
+        "TileTokens",
     },
     f"{NAME}.training": {"focal_loss", "contrastive_loss", "distillation_loss", "consistency_loss"},
     f"{NAME}.datasets": {"make_cells", "load_image_folder"},

@@ -4,12 +4,12 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import subprocess
 import sys
 import time
 import tracemalloc
-from pathlib import Path
 
 import joblib
 import numpy as np
@@ -27,7 +27,6 @@ from skorch.callbacks import EpochScoring
 from sklearn_sparseattn import SparseAttnClassifier, export_onnx, load_model, save_model
 from sklearn_sparseattn.datasets import make_cells
 
-DATA = Path(__file__).parent / "data"
 persistence = sys.modules["sklearn_sparseattn.persistence"]
 
 N, SIDE = 12, 8
@@ -75,8 +74,8 @@ def assert_same_answers(one, other, images=X):
 # ---- what comes back ----
 
 
-@pytest.mark.parametrize("options", [{}, {"kernel_size": 7}, {"depth": 3}, {"variant": "paper"}], ids=str)
-@pytest.mark.parametrize("shape", [(SIDE, SIDE), (5, 9, 3), (1, 7)])
+@pytest.mark.parametrize("options", [{}, {"size": "large"}, {"variant": "paper"}], ids=str)
+@pytest.mark.parametrize("shape", [(SIDE, SIDE), (5, 9, 3), (1, 7), (33, 37)])
 def test_all_of_a_fitted_classifier_comes_back(options, shape, path):
     images = np.random.default_rng(1).normal(size=(N, *shape))
     clf = quick(**options, max_epochs=3).fit(images, Y)
@@ -152,9 +151,8 @@ def test_parameters_of_every_kind(path):
         image_shape=(SIDE, np.int64(SIDE)),
         data_range=[0, 300.5],
         early_stopping=np.bool_(False),
-        distillation_emphasis=None,
-        kernel_size=np.int64(7),
-        depth=np.int64(3),
+        size="large",
+        predict_k=np.float64(0.25),
         n_jobs=2,
     ).fit(X, Y)
     loaded = round_trip(clf, path)
@@ -227,27 +225,32 @@ def test_default_settings_make_a_small_file_that_loads_quickly(path):
     assert min(seconds) <= 0.05
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
-def test_all_versions_are_still_read(version, path):
-    """A file in each format, and its probabilities of images that are made by a formula."""
-    known = json.loads((DATA / f"model_v{version}.json").read_text())
-    loaded = load_model(DATA / f"model_v{version}.safetensors")
-    assert loaded.network_.form["spread"] == (3.0 if version == 3 else 0.0)
-    assert loaded.network_.form["margins"] == (version == 2)
-    n, height, width, channels = np.indices(known["shape"])
-    images = ((37 * n + 11 * height * width + 5 * height + 60 * channels) % 256).astype(np.uint8)
-    np.testing.assert_allclose(loaded.predict_proba(images), known["probabilities"], rtol=0, atol=1e-4)
-    assert loaded.classes_.tolist() == known["classes"]
-    assert loaded.k_ == known["k"]
-    assert loaded.n_iter_ == known["n_iter"]
-    assert loaded.class_weight == {"blast": 2.0, "other": 1.0}
-    save_model(loaded, path)
-    np.testing.assert_array_equal(load_model(path).predict_proba(images), loaded.predict_proba(images))
+@pytest.mark.parametrize("options", [{}, {"size": "large"}, {"variant": "paper"}], ids=str)
+def test_the_form_of_the_network_is_all_that_it_is_made_with(options, path):
+    clf = quick(**options).fit(X, Y)
+    save_model(clf, path)
+    names = ["n_channels", "n_classes", "embed_dim", "n_heads", "hidden_dim", "strides", "variant", "size"]
+    assert list(model_of(path.read_bytes())["network"]) == names
+    assert load_model(path).network_.form == clf.network_.form
 
 
-def test_version_2_is_not_exported(path):
-    with pytest.raises(ValueError, match="version 2 cannot be exported"):
-        export_onnx(load_model(DATA / "model_v2.safetensors"), path)
+@pytest.mark.parametrize("predict_k", [None, 3, 0.5, 1.0, 10**6])
+def test_predict_k_is_kept_and_can_be_changed_afterwards(predict_k, path):
+    clf = quick().fit(X, Y).set_params(predict_k=predict_k)
+    loaded = round_trip(clf, path)
+    assert loaded.predict_k == predict_k
+    assert type(loaded.predict_k) is type(predict_k)
+    assert loaded.k_ == clf.k_
+    assert_same_answers(clf, loaded)
+    assert_same_answers(clf.set_params(predict_k=0.2), loaded.set_params(predict_k=0.2))
+
+
+@pytest.mark.parametrize("version", [0, 2, 3, -1, 10**9, "1", 1.0, True, None, [1]])
+def test_another_format_is_refused_and_named(version, content, path):
+    path.write_bytes(forge(model_of(content) | {"format_version": version}, load_arrays(content)))
+    message = rf"its format_version is {re.escape(repr(version))}, and this release reads 1"
+    with pytest.raises(ValueError, match=message):
+        load_model(path)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -351,7 +354,9 @@ def test_other_files_are_refused(path, tmp_path, monkeypatch):
     }
     for name, other in others.items():
         path.write_bytes(other)
-        with pytest.raises(ValueError, match=rf"{path.name} is no model file that can be loaded: it was not"):
+        with pytest.raises(
+            ValueError, match=rf"{path.name} is not a model file that can be loaded: it was not"
+        ):
             load_model(path)
         assert not (tmp_path / "harm").exists(), name
 
@@ -361,7 +366,9 @@ def test_paths_that_cannot_be_read(tmp_path, path, content, monkeypatch):
         load_model(tmp_path / "nowhere")
     with pytest.raises(IsADirectoryError, match=tmp_path.name):
         load_model(tmp_path)
-    with pytest.raises(ValueError, match="/dev/zero is no model file that can be loaded: it is no file"):
+    with pytest.raises(
+        ValueError, match="/dev/zero is not a model file that can be loaded: it is not a file"
+    ):
         load_model("/dev/zero")
     path.write_bytes(content)
 
@@ -382,7 +389,7 @@ def header_length(content):
 
 def assert_refused(content, path):
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="is no model file that can be loaded"):
+    with pytest.raises(ValueError, match="is not a model file that can be loaded"):
         load_model(path)
 
 
@@ -394,7 +401,7 @@ def overwritten(content, path):
 
         def overwrite(at, new):
             os.pwrite(file.fileno(), new, at)
-            with pytest.raises(ValueError, match="is no model file that can be loaded"):
+            with pytest.raises(ValueError, match="is not a model file that can be loaded"):
                 load_model(path)
             os.pwrite(file.fileno(), content[at : at + len(new)], at)
 
@@ -412,7 +419,7 @@ def test_every_length(content, path):
     path.write_bytes(content)
     for length in reversed(range(len(content))):
         os.truncate(path, length)
-        with pytest.raises(ValueError, match="is no model file that can be loaded"):
+        with pytest.raises(ValueError, match="is not a model file that can be loaded"):
             load_model(path)
     assert_refused(content + b"\0", path)
 
@@ -512,8 +519,6 @@ def test_strange_values_everywhere(content, path, fitted):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 4}, "format_version is 4, .* a later sklearn-sparseattn"),
-        ({"format_version": True}, "format_version is True"),
         ({"k": 1}, "k=1 is not that of the network"),
         ({"image_shape": [SIDE, SIDE, 3]}, "not for 3 channels"),
         ({"image_shape": [10**9, 10**9, 0]}, "image_shape"),
@@ -532,6 +537,10 @@ def test_strange_values_everywhere(content, path, fitted):
         ({"params": {"n_jobs": True}}, "n_jobs=True"),
         ({"params": {"n_jobs": 10**9}}, "n_jobs=1000000000 is no number of threads up to 1024"),
         ({"params": {"n_jobs": -(10**9)}}, "n_jobs=-1000000000"),
+        ({"params": {"predict_k": 0}}, "predict_k=0 is not a number or share of pixels"),
+        ({"params": {"predict_k": True}}, "predict_k=True"),
+        ({"params": {"predict_k": [0.5]}}, r"predict_k=\[0.5\]"),
+        ({"params": {"predict_k": 1.5}}, r"predict_k=1\.5"),
     ],
     ids=str,
 )
@@ -549,14 +558,13 @@ def test_forged_facts(content, path, change, message):
         ({"embed_dim": 8}, "arrays are not those"),
         ({"n_heads": 5}, "n_heads=5"),
         ({"variant": "other"}, "variant='other'"),
-        ({"kernel_size": 9}, "kernel_size=9"),
-        ({"kernel_size": 10**9}, "kernel_size=10"),
-        ({"kernel_size": True}, "kernel_size=True"),
-        ({"kernel_size": 5}, "arrays are not those"),
-        ({"depth": 4}, "depth=4"),
-        ({"depth": True}, "depth=True"),
-        ({"depth": 3}, "arrays are not those"),
+        ({"variant": ["tiles"]}, r"variant=\['tiles'\]"),
         ({"variant": "paper"}, "arrays are not those"),
+        ({"size": "huge"}, "size='huge'"),
+        ({"size": True}, "size=True"),
+        ({"size": "large"}, "arrays are not those"),
+        ({"variant": "paper", "size": "large"}, "size='large' has no effect"),
+        ({"spread": 3.0}, "spread"),
         ({"k": 3}, "multiple values"),
     ],
     ids=str,
@@ -642,7 +650,7 @@ def with_header(content, change):
 def test_huge_sizes_take_no_memory(content, path, change):
     path.write_bytes(with_header(content, change))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match="is no model file that can be loaded"):
+    with pytest.raises(ValueError, match="is not a model file that can be loaded"):
         load_model(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
 
@@ -690,7 +698,7 @@ def test_skops_keeps_what_partial_fit_goes_on_from():
     assert_same_answers(clf.partial_fit(X, Y), loaded.partial_fit(X, Y))
 
 
-@pytest.mark.parametrize("variant", ["context", "paper"])
+@pytest.mark.parametrize("variant", ["tiles", "paper"])
 def test_skops_asks_for_trust_in_the_classifier_alone(variant):
     clf = quick(variant=variant).fit(X, Y)
     kept = skops.io.dumps(clf)

@@ -25,6 +25,7 @@ from sklearn.pipeline import make_pipeline
 
 from sklearn_sparseattn import PixelSetTransformer, SparseAttnClassifier
 from sklearn_sparseattn.network import pixel_tokens, select_pixels
+from sklearn_sparseattn.pixel_set import _best_pixels
 
 SIDE = 12
 RNG = np.random.default_rng(0)
@@ -327,9 +328,65 @@ def test_attention_that_rounds_to_one_is_no_tie(classifier):
     sure = copy.deepcopy(sure)  # what predicts is made from the network when an estimator is made
     maps = sure.attention_maps(X_CELLS)
     assert np.all(maps.coarse == 1)
+    assert sure.network_.tile == 1
     kept = PixelSetTransformer(k=9, score=FrozenEstimator(sure)).fit_transform(X_CELLS)
-    expected = reference_tokens(X_CELLS[..., None], np.sort(maps.pixels[:, :9], axis=1), np.float32)
+    expected = reference_tokens(X_CELLS[..., None], np.sort(maps.tiles[:, :9], axis=1), np.float32)
     np.testing.assert_allclose(kept, expected.reshape(len(kept), -1), atol=1e-6)
+
+
+@pytest.fixture(scope="module", params=[(32, 32), (33, 30, 3)], ids=str)
+def tiled(request):
+    """Classifier with tiles of 4 x 4 pixels, fewer at the border of the second shape; images without 0."""
+    images = RNG.integers(1, 256, (12, *request.param), dtype=np.uint8)
+    clf = SparseAttnClassifier(max_epochs=1, random_state=0).fit(images, Y_CELLS[:12])
+    assert clf.network_.tile == 4
+    return clf, images
+
+
+@pytest.mark.parametrize("order", ["raster", "score"])
+def test_as_many_pixels_as_a_classifier_chooses_are_those_of_its_tiles(tiled, order):
+    clf, images = tiled
+    for image, chosen in zip(images, clf.attention_maps(images).chosen, strict=True):
+        pixels = PixelSetTransformer(k=int(chosen.sum()), score=FrozenEstimator(clf), order=order)
+        back = pixels.fit(image[None]).inverse_transform(pixels.transform(image[None]))
+        np.testing.assert_array_equal((back[0] > 0).reshape(*chosen.shape, -1).all(axis=-1), chosen)
+
+
+@pytest.mark.parametrize("k", [1, 7, 150, 1.0])
+def test_pixels_of_a_classifier_are_ranked_by_score_then_tile_then_index(tiled, k):
+    clf, images = tiled
+    pixels = PixelSetTransformer(k=k, score=FrozenEstimator(clf), order="score", layout="set")
+    tokens = pixels.fit_transform(images)
+    height, width, n_channels = clf.image_shape_
+    maps, n_columns = clf.attention_maps(images.astype(float)), -(-width // 4)
+    ranked = np.empty((len(images), height * width), int)
+    for row, coarse in zip(ranked, maps.coarse, strict=True):
+        places = [
+            (-coarse[i, j], i // 4 * n_columns + j // 4, i * width + j) for i, j in np.ndindex(height, width)
+        ]
+        row[:] = [index for *_, index in sorted(places)]
+    expected = reference_tokens(
+        images.reshape(-1, height, width, n_channels), ranked[:, : pixels.k_], np.float32
+    )
+    np.testing.assert_allclose(tokens, expected, atol=1e-6)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
+    tile=st.sampled_from([1, 2, 4]),
+    share=st.floats(0.01, 1.0),
+    seed=st.integers(0, 99),
+    best_first=st.booleans(),
+)
+def test_ranks_with_ties_in_and_between_tiles(shape, tile, share, seed, best_first):
+    scores = np.random.default_rng(seed).choice([-np.inf, 0.0, -0.0, 1.0, np.inf], shape)
+    _, height, width = shape
+    k = max(1, int(share * height * width))
+    found = _best_pixels(scores, k, tile=tile, best_first=best_first)
+    for row, own in zip(found, scores, strict=True):
+        places = [(-own[i, j], i // tile, j // tile, i * width + j) for i, j in np.ndindex(height, width)]
+        expected = [place[-1] for place in sorted(places)][:k]
+        assert row.tolist() == (expected if best_first else sorted(expected))
 
 
 @pytest.mark.parametrize("form", ["3d", "2d", "csr"])

@@ -209,6 +209,26 @@ def test_the_page_says_what_the_estimator_says(fitted, tmp_path):
     assert not {"lr", "k_max"} & set(page.text("b"))
 
 
+@pytest.mark.parametrize(
+    ("predict_k", "fact"),
+    [
+        (None, "only the best tiles go on, 240 of 1320 pixels"),
+        (0.5, "only the best tiles go on, 720 of 1320 pixels"),  # of half of the 9 × 10 tiles
+        (1.0, "only the best tiles go on, 1320 of 1320 pixels"),
+    ],
+)
+def test_the_page_says_how_many_pixels_the_answers_were_found_with(predict_k, fact, tmp_path):
+    X, y = make_images(shape=(33, 40), n=12)
+    clf = fit(X, y, k_init=240, k_min=240, k_max=240, predict_k=predict_k)
+    page = report(clf, X, y, tmp_path)
+    text = " ".join(" ".join(part for _, _, part in page.texts).split())
+    assert "every tile of 4 × 4 pixels" in text
+    assert fact in text.replace("Only", "only")
+    k = int(fact.split()[6])
+    assert f"the {k} pixels that went on" in page.source
+    assert f"<b>{100 * k / 1320:.1f} %</b> of the pixels used" in page.source
+
+
 def test_scores_count_all_rows_and_the_gallery_some(fitted, tmp_path):
     clf, X, y = fitted
     page = report(clf, X, y, tmp_path, max_images=5)
@@ -289,8 +309,8 @@ def test_pictures_are_the_images_and_their_maps(fitted, tmp_path):
         shown = {name: decoded(layers[name][i]) for name in pictures.LAYERS}
         assert {picture.shape for picture in shown.values()} == {(12, 14, 4)}
         assert abs(shown["image"][..., 0] - X[row].astype(int)).mean() < 12  # noise, compressed
-        chosen = np.zeros(12 * 14, dtype=bool)
-        chosen[maps.pixels[row]] = True
+        chosen = maps.chosen[row].ravel()
+        assert 0 < chosen.sum() < chosen.size
         for name in ("chosen", "fine"):
             np.testing.assert_array_equal(shown[name][..., 3].ravel() > 0, chosen)
         # Viridis rises in brightness with the attention.
@@ -418,21 +438,22 @@ def test_chunks_are_small_and_change_nothing(fitted, monkeypatch):
 
 
 def test_pictures_shrink_until_they_fit(monkeypatch):
-    X, y = make_images(shape=(50, 70), n=12)
+    X, y = make_images(shape=(80, 110), n=12)
     clf = fit(X, y)
     large = pictures.draw_cells(clf, X, np.arange(12))
-    assert (large.factor, large.height, large.width) == (1, 50, 70)
+    assert (large.factor, large.height, large.width) == (1, 80, 110)
     size = sum(len(text) for layer in large.layers.values() for text in layer)
     monkeypatch.setattr(pictures, "_MAX_BYTES", size // 3)
     small = pictures.draw_cells(clf, X, np.arange(12))
     assert sum(len(text) for layer in small.layers.values() for text in layer) <= size // 3
-    height, width = -(-50 // small.factor), -(-70 // small.factor)
+    height, width = -(-80 // small.factor), -(-110 // small.factor)
     assert small.factor > 1
     assert (small.height, small.width) == (height, width)
     maps = clf.attention_maps(X)
     for i in range(12):
+        row, column = np.nonzero(maps.chosen[i])
         blocks = np.zeros((height, width), dtype=bool)
-        blocks[maps.pixels[i] // 70 // small.factor, maps.pixels[i] % 70 // small.factor] = True
+        blocks[row // small.factor, column // small.factor] = True
         np.testing.assert_array_equal(decoded(small.layers["chosen"][i])[..., 3] > 0, blocks)
         assert decoded(small.layers["image"][i]).shape == (height, width, 4)
 

@@ -24,8 +24,8 @@ class AttentionDisplay:
         Ready to be shown: gray or RGB, in [0, 1].
     coarse : ndarray of shape (n, H, W)
         Coarse attention.
-    pixels : ndarray of shape (n, k)
-        Row-major indices of the chosen pixels.
+    chosen : ndarray of shape (n, H, W), bool
+        The pixels of the chosen tiles.
     fine : ndarray of shape (n, H, W)
         Fine attention.
     titles : list of str
@@ -56,14 +56,14 @@ class AttentionDisplay:
         images: np.ndarray,
         *,
         coarse: np.ndarray,
-        pixels: np.ndarray,
+        chosen: np.ndarray,
         fine: np.ndarray,
         titles: list[str],
         evidence: np.ndarray | None = None,
     ) -> None:
         self.images = images
         self.coarse = coarse
-        self.pixels = pixels
+        self.chosen = chosen
         self.fine = fine
         self.titles = titles
         self.evidence = evidence
@@ -182,7 +182,7 @@ class AttentionDisplay:
         if y is not None:
             true = [one_line(names.get(label, label)) for label in np.asarray(y)]
             titles = [f"{title}\ntrue: {name}" for title, name in zip(titles, true, strict=True)]
-        own = {name: maps[name] for name in ("coarse", "pixels", "fine")}
+        own = {name: maps[name] for name in ("coarse", "chosen", "fine")}
         return cls(images, **own, titles=titles, evidence=maps.get("evidence")).plot(ax=ax)
 
     def plot(self, *, ax: Any = None, cmap: str = "viridis", panel_size: float = 2.0) -> "AttentionDisplay":
@@ -242,19 +242,16 @@ class AttentionDisplay:
 
     def _chosen(self, i: int) -> np.ndarray:
         """Image i in gray, its chosen pixels tinted."""
-        image = self.images[i]
+        image, chosen = self.images[i], self.chosen[i]
         gray = image if image.ndim == 2 else image.mean(axis=-1)
-        shown = np.repeat(gray.reshape(-1, 1), 3, axis=1)
-        chosen = self.pixels[i]
+        shown = np.repeat(gray[..., None], 3, axis=-1)
         shown[chosen] = 0.35 * shown[chosen] + 0.65 * np.array(_CHOSEN_COLOUR)
-        return shown.reshape(*gray.shape, 3)
+        return shown
 
     def _fine(self, i: int) -> tuple[np.ndarray, float]:
         """Fine attention of image i, NaN where no pixel was chosen, and the end of its colour scale."""
-        values = self.fine[i].ravel()[self.pixels[i]]
-        shown = np.full(self.fine[i].size, np.nan)
-        shown[self.pixels[i]] = values
-        return shown.reshape(self.fine[i].shape), float(np.percentile(values, 99))
+        shown = np.where(self.chosen[i], self.fine[i], np.nan)
+        return shown, float(np.nanpercentile(shown, 99))
 
 
 def _as_pictures(X: Any, image_shape: tuple[int, int, int], data_range: tuple[float, float]) -> np.ndarray:

@@ -1,12 +1,10 @@
-"""The fitted network in compiled code (`_engine.c`): fast on a CPU, each image by itself.
+"""The fitted network in compiled code (`sparseattn.h`): fast on a CPU, each image by itself.
 
 An image's result is the same bits whatever else is in the call, in whatever order, on however many threads.
 Where there is no compiled code, or the network is not the plain one of this package, there is no engine.
 """
 
 import ctypes
-import importlib.util
-import itertools
 import math
 import threading
 from typing import Any
@@ -17,77 +15,15 @@ import torch
 from torch import nn
 
 from ..images import ImageShape, PixelScale
-from ..network import CoarseAttention, FusionClassifier, SparseAttnNet
-from ..network.branch import MOST_PIXELS
-from ..network.compiled import is_stale
+from ..network import CoarseAttention, FineAttention, FusionClassifier, SparseAttnNet, TileTokens
 from ..network.fine import EPSILON
-from ..network.selection import turns
+from .library import MOST_LAYERS, Plan, Results, load_or_warn
 
 PARTS = ("coarse", "selection", "tokens", "head")  # whose time is taken
 
-_LANES = 8
 _ALIGNED = 64  # bytes of a line of the cache
 _MOST_KEPT = 2**24  # bytes to work in that a thread keeps between calls
-_MOST_LAYERS, _N_CONTEXT = 5, 2
-
-
-def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
-    return [(name, kind) for name in names]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        *_fields(ctypes.c_int32, "n_inputs", "n_outputs", "stride", "size"),
-        *_fields(ctypes.c_void_p, "weight", "bias"),
-    ]
-
-
-class _Plan(ctypes.Structure):
-    _fields_ = [
-        *_fields(ctypes.c_int32, "height", "width", "n_channels", "k"),
-        *_fields(ctypes.c_int32, "n_embed", "n_pooled", "n_classes"),
-        *_fields(ctypes.c_int32, "embed_dim", "key_dim", "hidden_dim", "n_logits"),
-        *_fields(ctypes.c_int32, "n_layers", "has_context", "normalizes"),
-        ("shifts", ctypes.c_int32 * _N_CONTEXT),
-        ("ends", ctypes.c_int32 * _N_CONTEXT),
-        *_fields(ctypes.c_float, "key_epsilon", "norm_epsilon", "margin"),
-        ("background", ctypes.c_double),
-        ("layers", _Layer * _MOST_LAYERS),
-        *_fields(ctypes.c_void_p, "bytes", "score", "position"),
-        ("depthwise", ctypes.c_void_p * _N_CONTEXT),
-        ("context", ctypes.c_void_p * _N_CONTEXT),
-        *_fields(ctypes.c_void_p, "turns", "zeros"),
-        *_fields(ctypes.c_void_p, "key", "key_bias", "cls_key", "query", "mean_key"),
-        *_fields(ctypes.c_void_p, "embed", "embed_bias", "cls", "value", "norm_weight", "norm_bias"),
-        *_fields(ctypes.c_void_p, "first", "first_bias", "residual", "residual_bias", "last", "last_bias"),
-    ]
-
-
-class _Results(ctypes.Structure):
-    _fields_ = _fields(
-        ctypes.c_void_p,
-        *("logits", "features", "scores", "pixels", "attention", "contribution", "failed", "seconds"),
-    )
-
-
-def _load_library() -> Any:
-    """The compiled code, if it was built with the package; else None."""
-    spec = importlib.util.find_spec("._engine", __package__)
-    if spec is None or spec.origin is None:
-        return None
-    library = ctypes.CDLL(spec.origin)
-    sizes = [ctypes.c_int64(), ctypes.c_int64()]
-    library.sparseattn_sizes(*(ctypes.byref(size) for size in sizes))
-    if [size.value for size in sizes] != [ctypes.sizeof(_Plan), ctypes.sizeof(_Results)] or is_stale(library):
-        raise ImportError(f"{spec.origin} was built from other sources: install sklearn-sparseattn again.")
-    library.sparseattn_run.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] + [ctypes.c_void_p] * 2
-    library.sparseattn_run.restype = None
-    library.sparseattn_scratch.argtypes = [ctypes.c_void_p] * 2
-    library.sparseattn_scratch.restype = ctypes.c_int64
-    return library
-
-
-_LIBRARY = _load_library()
+_MOST_VALUES = 2**31 // 8  # of an image: the engine counts them, and its maps, by int32
 
 
 class Engine:
@@ -95,6 +31,8 @@ class Engine:
 
     Parameters
     ----------
+    library : ctypes.CDLL
+        The compiled code.
     network : SparseAttnNet
         Fitted; its weights are copied, so that what happens to them later is not seen here.
     image_shape : tuple of (H, W, C)
@@ -108,12 +46,17 @@ class Engine:
         Time spent so far in `PARTS`, if `run` was asked to take it.
     """
 
-    def __init__(self, network: SparseAttnNet, image_shape: ImageShape, scale: PixelScale) -> None:
+    def __init__(
+        self, library: Any, network: SparseAttnNet, image_shape: ImageShape, scale: PixelScale
+    ) -> None:
+        self._library = library
         self._own = threading.local()
         self._kept: list[np.ndarray] = []  # alive as long as the plan that points to them
         self._scale = scale
-        self._background = float(network.coarse.background)
         self._image_shape = image_shape
+        self._count_tiles = network.n_chosen
+        self._n_tiles = math.prod(network.grid_of(*image_shape[:2]))
+        self._k = float(network.k)
         self.seconds = np.zeros(len(PARTS))
         self._plan = self._make_plan(network)
 
@@ -133,24 +76,32 @@ class Engine:
         Returns
         -------
         Engine or None
-            None if there is no compiled code, the images are too large for it, or the network is elsewhere
-            than on the CPU or not the plain one.
-        """
-        if _LIBRARY is None or math.prod(image_shape[:2]) > MOST_PIXELS or not is_plain(network):
-            return None
-        if network.form["margins"]:  # of model files of version 2: PyTorch computes them
-            return None
-        return cls(network, image_shape, scale)
+            None if there is no compiled code, the images are too large for it, or the network is the paper's,
+            elsewhere than on the CPU or not the plain one.
 
-    def run(self, images: np.ndarray, *, maps: bool = False, timed: bool = False) -> dict[str, np.ndarray]:
+        Warns
+        -----
+        UserWarning
+            If there should be compiled code and is none, once in the process.
+        """
+        if math.prod(image_shape) > _MOST_VALUES or not is_plain(network) or not _is_within(network):
+            return None
+        library = load_or_warn()
+        return None if library is None else cls(library, network, image_shape, scale)
+
+    def run(
+        self, images: np.ndarray, *, k: float | None = None, maps: bool = False, timed: bool = False
+    ) -> dict[str, np.ndarray]:
         """Run the network on some images, on this thread.
 
         Parameters
         ----------
         images : ndarray of shape (b, H, W, C)
             As the user has them.
+        k : float, default=None
+            Pixels to choose; None takes what the network had when the engine was made.
         maps : bool, default=False
-            Whether to give the maps and pixels, too.
+            Whether to give the maps and tiles, too.
         timed : bool, default=False
             Whether to add the time to `seconds`; then on one thread at a time.
 
@@ -158,8 +109,8 @@ class Engine:
         -------
         dict
             ``failed`` (b,), bool: where float32 overflowed and nothing else counts; ``logits`` (b, n_classes)
-            and ``features`` (b, n_features), float32. With `maps` also ``scores`` (b, H * W), ``pixels``
-            (b, k), int32 and ascending, ``attention`` and ``contribution`` (b, k).
+            and ``features`` (b, n_features), float32. With `maps` also ``scores`` (b, N) of all tiles,
+            ``tiles`` (b, n), int32, best first, ``attention`` and ``contribution`` (b, n) of these.
 
         Raises
         ------
@@ -171,164 +122,167 @@ class Engine:
         """
         if images.shape[1:] != self._image_shape:
             raise ValueError(f"images of shape {images.shape[1:]}, not {self._image_shape}, cannot be run.")
-        plan, n = self._plan, len(images)
+        plan, b, n = self._plan, len(images), self._count_tiles(self._n_tiles, self._k if k is None else k)
         found: dict[str, np.ndarray] = {
-            "failed": np.zeros(n, dtype=np.bool_),
-            "logits": np.empty((n, plan.n_classes), dtype=np.float32),
-            "features": np.empty((n, plan.n_embed + plan.n_pooled), dtype=np.float32),
+            "failed": np.zeros(b, dtype=np.bool_),
+            "logits": np.empty((b, plan.n_classes), dtype=np.float32),
+            "features": np.empty((b, 2 * plan.embed_dim + 2 * plan.n_middle), dtype=np.float32),
         }
         if maps:
-            found["scores"] = np.empty((n, plan.height * plan.width), dtype=np.float32)
-            found["pixels"] = np.empty((n, plan.k), dtype=np.int32)
-            found |= {name: np.empty((n, plan.k), dtype=np.float32) for name in ("attention", "contribution")}
-        results = _Results(**{name: array.ctypes.data for name, array in found.items()})
+            found["scores"] = np.empty((b, self._n_tiles), dtype=np.float32)
+            found["tiles"] = np.zeros((b, n), dtype=np.int32)
+            found |= {name: np.empty((b, n), dtype=np.float32) for name in ("attention", "contribution")}
+        results = Results(**{name: array.ctypes.data for name, array in found.items()})
         if timed:
             results.seconds = self.seconds.ctypes.data
+        given: tuple[int | None, int | None]
         if images.dtype == np.uint8 and self._bytes_are_finite:
             images = np.ascontiguousarray(images)
-            given: tuple[int | None, int | None] = (images.ctypes.data, None)
+            given = images.ctypes.data, None
         else:
             images = self._scale.finite(images)
-            given = (None, images.ctypes.data)
-        scratch = self._scratch()
-        _LIBRARY.sparseattn_run(ctypes.addressof(plan), *given, n, ctypes.addressof(results), scratch)
+            given = None, images.ctypes.data
+        scratch = self._scratch(n)
+        self._library.sparseattn_run(ctypes.addressof(plan), n, *given, b, ctypes.addressof(results), scratch)
+        if maps:
+            scores = np.take_along_axis(found["scores"], found["tiles"], axis=1)
+            order = np.argsort(-scores, axis=1, kind="stable")  # the engine gives them ascending
+            for name in ("tiles", "attention", "contribution"):
+                found[name] = np.take_along_axis(found[name], order, axis=1)
         return found
 
     def release(self) -> None:
         """Let go of this thread's memory to work in if it is much; kept, it makes the next call quicker."""
         if len(getattr(self._own, "scratch", ())) > _MOST_KEPT:
-            del self._own.scratch
+            del self._own.scratch, self._own.n, self._own.address
 
-    def _scratch(self) -> int:
+    def _scratch(self, n: int) -> int:
         """Address of memory to work in: this thread's, made once for many calls."""
-        if not hasattr(self._own, "scratch"):
+        if n > getattr(self._own, "n", 0):
             plan = ctypes.addressof(self._plan)
-            scratch = np.empty(_LIBRARY.sparseattn_scratch(plan, None) + _ALIGNED, dtype=np.uint8)
-            _LIBRARY.sparseattn_scratch(plan, _aligned(scratch))
-            self._own.scratch = scratch
-        return _aligned(self._own.scratch)
+            scratch = np.empty(self._library.sparseattn_scratch(plan, n, None) + _ALIGNED, dtype=np.uint8)
+            self._own.scratch, self._own.n, self._own.address = scratch, n, _aligned(scratch)
+            self._library.sparseattn_scratch(plan, n, self._own.address)
+        return self._own.address
 
     # ---- the plan ----
 
-    def _keep(
-        self, values: Any, *, rows: int | None = None, columns: int | None = None, dtype: Any = np.float32
-    ) -> int:
-        """Address of a copy, its last two axes filled up with zeros."""
-        array = np.asarray(values, dtype=dtype)
+    def _keep(self, values: Any, *, columns: int | None = None, rows: int | None = None) -> int:
+        """Address of a copy in float32, its last two axes filled up with zeros."""
+        array = np.asarray(values, dtype=np.float64)
         padding = [(0, 0)] * array.ndim
         if columns is not None:
             padding[-1] = (0, columns - array.shape[-1])
         if rows is not None:
             padding[-2] = (0, rows - array.shape[-2])
-        array = np.ascontiguousarray(np.pad(array, padding))
-        self._kept.append(array)
-        return array.ctypes.data
+        array = np.ascontiguousarray(np.pad(array, padding), dtype=np.float32)
+        kept = np.empty(array.nbytes + _ALIGNED, dtype=np.uint8)
+        self._kept.append(kept)
+        ctypes.memmove(_aligned(kept), array.ctypes.data, array.nbytes)
+        return _aligned(kept)
 
-    def _make_plan(self, network: SparseAttnNet) -> _Plan:
+    def _make_plan(self, network: SparseAttnNet) -> Plan:
         height, width, n_channels = self._image_shape
-        fine, fusion = network.fine, network.fusion
-        n_embed, n_keys = fine.key.in_features, fine.key.out_features
-        plan = _Plan(
+        coarse, tokens, fine, fusion = network.coarse, network.tokens, network.fine, network.fusion
+        assert tokens is not None  # the paper's form has no engine
+        early, middle = _convolutions(coarse)
+        plan = Plan(
             height=height,
             width=width,
             n_channels=n_channels,
-            k=network.n_chosen(height * width),
-            n_embed=n_embed,
-            n_pooled=network.coarse.n_features,
+            kernel_size=early.kernel_size[0],
+            stride_early=early.stride[0],
+            stride_middle=middle.stride[0],
+            n_early=early.out_channels,
+            n_middle=middle.out_channels,
+            embed_dim=fine.key.in_features,
+            n_keys=fine.key.out_features,
+            n_layers=len(tokens.layers),
+            hidden_dim=fusion.out.in_features,
             n_classes=fusion.out.out_features,
-            embed_dim=_round_up(n_embed),
-            key_dim=_round_up(n_keys, 2 * _LANES),
-            hidden_dim=_round_up(fusion.out.in_features),
-            n_logits=_round_up(fusion.out.out_features),
-            has_context=network.context is not None,
-            margin=network.form["margin"],
-            n_layers=len(_layers(network.coarse)),
-            normalizes=isinstance(network.fine_norm, nn.LayerNorm),
+            low=self._scale.low,
+            span=self._scale.high - self._scale.low,
+            background=float(coarse.background),
         )
         with np.errstate(over="ignore"):
-            bytes_scaled = self._scale(np.arange(256, dtype=np.uint8).reshape(1, 256, 1, 1))
-        self._bytes_are_finite = bool(np.isfinite(bytes_scaled).all())
-        plan.background = self._background
-        plan.bytes = self._keep(bytes_scaled.ravel().astype(float) - self._background, dtype=np.float64)
-        self._put_coarse(plan, network.coarse)
-        self._put_tokens(plan, network)
-        self._put_attention(plan, network)
+            scaled = self._scale(np.arange(256, dtype=np.uint8).reshape(1, 256, 1, 1)).ravel()
+        self._bytes_are_finite = bool(np.isfinite(scaled).all())
+        plan.bytes = self._keep(scaled.astype(float) - plan.background)
+        self._put_coarse(plan, coarse)
+        self._put_tokens(plan, tokens)
+        self._put_attention(plan, fine, tokens.out, network.fine_norm)
         self._put_head(plan, fusion)
         return plan
 
-    def _put_coarse(self, plan: _Plan, coarse: CoarseAttention) -> None:
-        n_inputs = plan.n_channels
-        for layer, (convolution, norm, _) in zip(plan.layers, _layers(coarse), strict=False):
+    def _put_coarse(self, plan: Plan, coarse: CoarseAttention) -> None:
+        n_early, n_middle = _round_up(plan.n_early, 8), _round_up(plan.n_middle, 16)
+        factor, offset = _as_affine(coarse.early[1])
+        weight = _array(coarse.early[0].weight).transpose(2, 1, 3, 0) * factor
+        plan.early = self._keep(_twice(_filled(weight, n_early)))
+        plan.early_bias = self._keep(_twice(_filled(offset, n_early)))
+        factor, offset = _as_affine(coarse.middle[1])
+        weight = _array(coarse.middle[0].weight).transpose(2, 3, 1, 0) * factor
+        plan.middle = self._keep(weight, rows=n_early, columns=n_middle)
+        plan.middle_bias = self._keep(offset, columns=n_middle)
+        weight = _filled(_array(coarse.score.weight).ravel(), n_middle)
+        plan.score = self._keep(np.append(weight, _array(coarse.score.bias)))
+
+    def _put_tokens(self, plan: Plan, tokens: TileTokens) -> None:
+        columns = _round_up(plan.embed_dim)
+        factor, offset = _as_affine(tokens.norms[0])
+        place, around, under = np.split(
+            (_array(tokens.first.weight) * factor[:, None]).T, [2, 2 + 9 * plan.n_middle]
+        )
+        around = around.reshape(9, plan.n_middle, -1)
+        under = under.reshape(plan.stride_middle**2, plan.n_early, -1)
+        rows = [
+            place,
+            np.pad(around, [(0, 0), (0, _round_up(plan.n_middle, 16) - plan.n_middle), (0, 0)]),
+            np.pad(under, [(0, 0), (0, _round_up(plan.n_early, 8) - plan.n_early), (0, 0)]),
+        ]
+        plan.token = self._keep(
+            np.vstack([part.reshape(-1, plan.embed_dim) for part in rows]), columns=columns
+        )
+        plan.token_bias = self._keep(offset, columns=columns)
+        for i, (linear, norm) in enumerate(zip(tokens.layers, tokens.norms[1:], strict=True)):
             factor, offset = _as_affine(norm)
-            weight = _array(convolution.weight)
-            layer.n_inputs, layer.n_outputs = n_inputs, _round_up(len(weight))
-            layer.stride, layer.size = convolution.stride[0], convolution.kernel_size[0]
-            filled: dict[str, Any] = {"columns": layer.n_outputs, "dtype": np.float64}
-            layer.weight = self._keep(_by_position(weight) * factor, rows=n_inputs, **filled)
-            layer.bias = self._keep(offset, **filled)
-            n_inputs = layer.n_outputs
-        plan.ends[:] = np.cumsum([len(stage) for stage in coarse.stages()[:_N_CONTEXT]]) - 1
-        n_middle = plan.layers[plan.ends[1]].n_outputs
-        weight = np.pad(_array(coarse.score.weight).ravel(), (0, n_middle))
-        plan.score = self._keep(np.append(weight[:n_middle], _array(coarse.score.bias)))
-        plan.shifts[:] = [step.bit_length() - 1 for step in coarse.steps[:_N_CONTEXT]]
+            plan.layers[i] = self._keep((_array(linear.weight) * factor[:, None]).T, columns=columns)
+            plan.layer_biases[i] = self._keep(offset, columns=columns)
 
-    def _put_tokens(self, plan: _Plan, network: SparseAttnNet) -> None:
-        first = network.embedding.first
-        weight = _array(first.weight)  # of place and values, and the latter lack the background
-        rows = np.vstack([weight.T, _array(first.bias) + self._background * weight[:, 2:].sum(1)])
-        plan.position = self._keep(rows, columns=plan.embed_dim)
-        if network.context is not None:
-            for m, convolution in enumerate(network.context.convolve):
-                *depthwise, weight = map(_array, convolution.parameters())
-                n_channels = plan.layers[plan.ends[m]].n_outputs
-                if depthwise:
-                    plan.depthwise[m] = self._keep(depthwise[0].reshape(-1, 9).T, columns=n_channels)
-                plan.context[m] = self._keep(_by_position(weight), rows=n_channels, columns=plan.embed_dim)
-            if network.form["spread"] > 0:
-                tile = network.form["spread"] * turns(network.coarse.steps[1])
-                plan.turns = self._keep(np.tile(tile, _LANES // len(tile)))
-
-    def _put_attention(self, plan: _Plan, network: SparseAttnNet) -> None:
-        fine, out = network.fine, network.embedding.out
-        key, cls = _array(fine.key.weight), _array(fine.cls_token)[0, 0]
-        columns = plan.key_dim
-        plan.key_epsilon = EPSILON
-        plan.key = self._keep((key @ _array(out.weight)).T, columns=columns)
-        plan.key_bias = self._keep(key @ _array(out.bias), columns=columns)
+    def _put_attention(self, plan: Plan, fine: FineAttention, out: nn.Linear, norm: nn.LayerNorm) -> None:
+        key, value, cls = _array(fine.key.weight), _array(fine.value.weight), _array(fine.cls_token).ravel()
+        weight, bias = _array(out.weight), _array(out.bias)
+        plan.key_epsilon, plan.norm_epsilon = EPSILON, norm.eps
+        columns = _round_up(plan.n_keys)
+        plan.key = self._keep((key @ weight).T, columns=columns)
+        plan.key_bias = self._keep(key @ bias, columns=columns)
         plan.cls_key = self._keep(np.maximum(key @ cls, 0) + EPSILON, columns=columns)
         plan.query = self._keep(_array(fine.query.weight) @ cls / fine.n_heads, columns=columns)
-        plan.mean_key = self._keep(np.full(len(key), 1 / len(key)), columns=columns)
-        columns = plan.embed_dim
-        plan.zeros = self._keep(np.zeros(columns))
-        plan.embed = self._keep(_array(out.weight).T, columns=columns)
-        plan.embed_bias = self._keep(_array(out.bias), columns=columns)
-        plan.cls = self._keep(cls, columns=columns)
-        plan.value = self._keep(_array(fine.value.weight).T, columns=columns)
-        if isinstance(network.fine_norm, nn.LayerNorm):
-            plan.norm_weight = self._keep(_array(network.fine_norm.weight))
-            plan.norm_bias = self._keep(_array(network.fine_norm.bias))
-            plan.norm_epsilon = network.fine_norm.eps
+        columns = _round_up(plan.embed_dim)
+        plan.value = self._keep((value @ weight).T, columns=columns)
+        plan.value_bias = self._keep(value @ bias, columns=columns)
+        plan.cls_value = self._keep(value @ cls, columns=columns)
+        plan.norm_weight = self._keep(_array(norm.weight))
+        plan.norm_bias = self._keep(_array(norm.bias))
 
-    def _put_head(self, plan: _Plan, fusion: FusionClassifier) -> None:
+    def _put_head(self, plan: Plan, fusion: FusionClassifier) -> None:
+        columns = _round_up(plan.hidden_dim)
         layers: dict[str, Any] = {"first": fusion.first, "residual": fusion.residual}
         for name, (linear, norm, _) in layers.items():
             factor, offset = _as_affine(norm)
-            weight = (_array(linear.weight) * factor[:, None]).T
-            rows = plan.hidden_dim if name == "residual" else None
-            setattr(plan, name, self._keep(weight, rows=rows, columns=plan.hidden_dim))
-            setattr(plan, f"{name}_bias", self._keep(offset, columns=plan.hidden_dim))
-        weight = _array(fusion.out.weight).T
-        plan.last = self._keep(weight, rows=plan.hidden_dim, columns=plan.n_logits)
-        plan.last_bias = self._keep(_array(fusion.out.bias), columns=plan.n_logits)
+            setattr(plan, name, self._keep((_array(linear.weight) * factor[:, None]).T, columns=columns))
+            setattr(plan, f"{name}_bias", self._keep(offset, columns=columns))
+        columns = _round_up(plan.n_classes)
+        plan.last = self._keep(_array(fusion.out.weight).T, columns=columns)
+        plan.last_bias = self._keep(_array(fusion.out.bias), columns=columns)
 
 
-def _aligned(scratch: np.ndarray) -> int:
+def _aligned(memory: np.ndarray) -> int:
     """Address in it from which on vectors do not straddle the lines of the cache."""
-    return -(-scratch.ctypes.data // _ALIGNED) * _ALIGNED
+    return -(-memory.ctypes.data // _ALIGNED) * _ALIGNED
 
 
-def _round_up(n: int, step: int = _LANES) -> int:
+def _round_up(n: int, step: int = 32) -> int:
     return -(-n // step) * step
 
 
@@ -336,20 +290,37 @@ def _array(tensor: Any) -> npt.NDArray[np.float64]:
     return tensor.detach().double().numpy()
 
 
-def _by_position(weight: np.ndarray) -> np.ndarray:
-    """(outputs, inputs, n, n) -> (n * n, inputs, outputs)."""
-    return weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[1], len(weight))
+def _filled(array: np.ndarray, n: int) -> np.ndarray:
+    """The last axis filled up with zeros."""
+    return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, n - array.shape[-1])])
 
 
-def _as_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[np.ndarray, np.ndarray]:
+def _twice(array: np.ndarray) -> np.ndarray:
+    return np.repeat(array, 2, axis=-1)
+
+
+def _as_affine(norm: Any) -> tuple[np.ndarray, np.ndarray]:
     """Batch norm in evaluation as a factor and an offset."""
     mean, variance = _array(norm.running_mean), _array(norm.running_var)
     factor = _array(norm.weight) / np.sqrt(variance + norm.eps)
     return factor, _array(norm.bias) - mean * factor
 
 
+def _is_within(network: SparseAttnNet) -> bool:
+    """Whether the compiled code has this form of a plain network."""
+    tokens, coarse = network.tokens, network.coarse
+    if tokens is None or len(tokens.layers) > MOST_LAYERS:
+        return False
+    return {layer.stride[0] for layer in _convolutions(coarse)} <= {1, 2}
+
+
+def _convolutions(coarse: CoarseAttention) -> list[nn.Conv2d]:
+    stages: tuple[Any, ...] = (coarse.early, coarse.middle)
+    return [stage[0] for stage in stages]
+
+
 def is_plain(network: SparseAttnNet) -> bool:
-    """Tell whether `_engine.c` computes this: on the CPU, nothing replaced, nothing hooked in.
+    """Tell whether a network is what its form and its weights say: on the CPU, nothing replaced or hooked in.
 
     Parameters
     ----------
@@ -366,7 +337,6 @@ def is_plain(network: SparseAttnNet) -> bool:
     return (
         str(network) == str(twin)
         and all(_is_alike(*pair) for pair in zip(network.modules(), twin.modules(), strict=True))
-        and all(layer[0].stride[0] in (1, 2) for layer in _layers(network.coarse))
         and {tensor.device.type for tensor in network.state_dict().values()} == {"cpu"}
     )
 
@@ -378,8 +348,3 @@ def _is_alike(module: nn.Module, other: nn.Module) -> bool:
         and vars(module).keys() == vars(other).keys()
         and not any(getattr(module, name) for name in hooks)
     )
-
-
-def _layers(coarse: CoarseAttention) -> list[Any]:
-    """Convolutions with their batch norms and ReLUs, in order."""
-    return list(itertools.chain.from_iterable(coarse.stages()))

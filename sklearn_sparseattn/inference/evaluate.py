@@ -1,7 +1,7 @@
 """Run a fitted network over images, a few at a time: by the engine if there is one, else by PyTorch.
 
 PyTorch computes in float64: what else is in the call then changes an image's result by less than 1e-9, where
-in float32 it could change which of two nearly equal pixels is chosen. The engine runs each image by itself.
+in float32 it could change which of two nearly equal tiles is chosen. The engine runs each image by itself.
 """
 
 import copy
@@ -20,7 +20,9 @@ from .engine import Engine
 Pass = tuple[slice, SparseAttnOutput]
 
 
-def evaluate(network: SparseAttnNet, images: ImageRows, scale: PixelScale) -> Iterator[Pass]:
+def evaluate(
+    network: SparseAttnNet, images: ImageRows, scale: PixelScale, k: float | None = None
+) -> Iterator[Pass]:
     """Pass images through the network, in chunks of bounded memory.
 
     Parameters
@@ -31,6 +33,8 @@ def evaluate(network: SparseAttnNet, images: ImageRows, scale: PixelScale) -> It
         Validated.
     scale : PixelScale
         The map learned in the fit.
+    k : float, default=None
+        Pixels to choose; None takes the network's own.
 
     Yields
     ------
@@ -44,7 +48,7 @@ def evaluate(network: SparseAttnNet, images: ImageRows, scale: PixelScale) -> It
     ValueError
         If values of X are so far outside the range of the fit that they overflow when scaled.
     """
-    exact = exact_copy(network)
+    exact = exact_copy(network, k)
     device = next(exact.parameters()).device
     for rows in chunk_slices(len(images), images.image_shape):
         batch = torch.from_numpy(scale.finite(images.read(rows))).to(device=device, dtype=torch.float64)
@@ -53,13 +57,15 @@ def evaluate(network: SparseAttnNet, images: ImageRows, scale: PixelScale) -> It
         yield rows, output
 
 
-def exact_copy(network: SparseAttnNet) -> SparseAttnNet:
+def exact_copy(network: SparseAttnNet, k: float | None = None) -> SparseAttnNet:
     """Copy a network in float64.
 
     Parameters
     ----------
     network : SparseAttnNet
         Fitted.
+    k : float, default=None
+        Pixels that the copy chooses; None takes those of the network.
 
     Returns
     -------
@@ -69,7 +75,10 @@ def exact_copy(network: SparseAttnNet) -> SparseAttnNet:
     device = next(network.parameters()).device
     if device.type == "mps":
         device = torch.device("cpu")
-    return copy.deepcopy(network).to(device=device, dtype=torch.float64).eval()
+    exact = copy.deepcopy(network).to(device=device, dtype=torch.float64).eval()
+    if k is not None:
+        exact.k.fill_(k)
+    return exact
 
 
 def run(
@@ -78,6 +87,7 @@ def run(
     images: ImageRows,
     scale: PixelScale,
     *,
+    k: float | None = None,
     maps: bool = False,
     n_threads: int = 1,
 ) -> Iterator[Pass]:
@@ -93,8 +103,10 @@ def run(
         Validated.
     scale : PixelScale
         The map learned in the fit.
+    k : float, default=None
+        Pixels to choose; None takes the network's own.
     maps : bool, default=False
-        Whether scores, pixels, attention and contribution are wanted; without an engine they always come.
+        Whether scores, tiles, attention and contribution are wanted; without an engine they always come.
     n_threads : int, default=1
         Of the engine.
 
@@ -111,11 +123,12 @@ def run(
         If values of X are so far outside the range of the fit that they overflow when scaled.
     """
     if engine is None:
-        yield from evaluate(network, images, scale)
+        yield from evaluate(network, images, scale, k)
         return
+    grid = network.grid_of(*images.image_shape[:2])
 
     def run_some(rows: slice) -> Pass:
-        found = engine.run(images.read(rows), maps=maps)
+        found = engine.run(images.read(rows), k=k, maps=maps)
         failed = np.flatnonzero(found.pop("failed"))
         if len(failed):
             with np.errstate(invalid="ignore"):  # what is left of these images may be anything
@@ -124,10 +137,10 @@ def run(
                     for name, part in found.items()
                 }
         for i in failed:
-            [(_, exact)] = evaluate(network, images.take(np.array([rows.start + i])), scale)
+            [(_, exact)] = evaluate(network, images.take(np.array([rows.start + i])), scale, k)
             for name, part in found.items():
                 part[i] = getattr(exact, name)[0].flatten()
-        shapes = {"scores": (-1, *images.image_shape[:2])} if maps else {}
+        shapes = {"scores": (-1, *grid)} if maps else {}
         parts = {
             name: torch.from_numpy(part.reshape(shapes.get(name, part.shape))) for name, part in found.items()
         }
@@ -138,7 +151,7 @@ def run(
     n_threads = max(1, min(n_threads, len(images) // 4))  # to start one costs as much as some images
     n_pieces = 1 if n_threads == 1 else 4 * n_threads
     most = -(-len(images) // n_pieces) * math.prod(images.image_shape)
-    pieces = chunk_slices(len(images), images.image_shape, min(2**19, most))
+    pieces = chunk_slices(len(images), images.image_shape, min(2**21, most))
     try:
         yield from map(run_some, pieces) if n_threads == 1 else _in_threads(run_some, pieces, n_threads)
     finally:

@@ -60,9 +60,9 @@ def fused_features(passes: Passes, n_images: int, n_features: int, dtype: np.dty
 
 
 def attention_maps(
-    passes: Passes, n_images: int, image_shape: ImageShape, k: int, dtype: np.dtype
+    passes: Passes, n_images: int, image_shape: ImageShape, tile: int, n_chosen: int, dtype: np.dtype
 ) -> dict[str, np.ndarray]:
-    """Coarse and fine attention, chosen pixels and their signed contributions.
+    """Coarse and fine attention, chosen tiles and their signed contributions.
 
     Parameters
     ----------
@@ -72,40 +72,44 @@ def attention_maps(
         Number of images.
     image_shape : tuple of (H, W, C)
         Of the images.
-    k : int
-        Pixels chosen of each.
+    tile : int
+        Pixels along the side of a tile.
+    n_chosen : int
+        Tiles chosen of each image.
     dtype : dtype
         Of the maps.
 
     Returns
     -------
     dict
-        ``coarse``, ``fine``, ``contribution`` (n, H, W), the last two zero off the chosen pixels, and
-        ``pixels`` (n, k), best first.
+        ``coarse``, ``fine``, ``contribution`` (n, H, W) and ``chosen`` (n, H, W), bool, the middle two zero
+        off the chosen pixels; and ``tiles`` (n, n_chosen), best first.
     """
     height, width, _ = image_shape
-    coarse = np.empty((n_images, height * width), dtype=dtype)
-    fine = np.zeros(coarse.shape, dtype)
-    contribution = np.zeros(coarse.shape, dtype)
-    pixels = np.empty((n_images, k), dtype=np.int64)
+    grid = -(-height // tile), -(-width // tile)
+    of_tile = np.arange(grid[0] * grid[1]).reshape(grid).repeat(tile, 0).repeat(tile, 1)[:height, :width]
+    n_pixels = np.bincount(of_tile.ravel())
+    result: dict[str, np.ndarray] = {
+        name: np.empty((n_images, height, width), dtype) for name in ("coarse", "fine", "contribution")
+    }
+    result["chosen"] = np.empty((n_images, height, width), np.bool_)
+    result["tiles"] = np.empty((n_images, n_chosen), np.int64)
     for rows, output in passes:
         # By NumPy: PyTorch would start threads.
-        scores = output.scores.flatten(1).numpy()
-        chosen = output.pixels.numpy().astype(np.int64)
+        tiles = output.tiles.numpy().astype(np.int64)
+        result["tiles"][rows] = tiles
         # In float32 high attention rounds to 1.
-        _sigmoid(scores, out=coarse[rows])
-        np.put_along_axis(fine[rows], chosen, output.attention.numpy().astype(dtype), axis=1)
-        np.put_along_axis(contribution[rows], chosen, output.contribution.numpy().astype(dtype), axis=1)
-        # The network keeps its pixels in ascending order, so that ties go by index.
-        order = _descending(np.take_along_axis(scores, chosen, axis=1))
-        pixels[rows] = np.take_along_axis(chosen, order, axis=1)
-    shape = (n_images, height, width)
-    return {
-        "coarse": coarse.reshape(shape),
-        "pixels": pixels,
-        "fine": fine.reshape(shape),
-        "contribution": contribution.reshape(shape),
-    }
+        coarse = output.scores.flatten(1).numpy().astype(dtype)
+        _sigmoid(coarse, out=coarse)
+        result["coarse"][rows] = coarse[:, of_tile]
+        table = np.zeros(coarse.shape, dtype)
+        for name, values in (("fine", output.attention), ("contribution", output.contribution)):
+            np.put_along_axis(table, tiles, (values.numpy() / n_pixels[tiles]).astype(dtype), axis=1)
+            result[name][rows] = table[:, of_tile]
+        chosen = np.zeros(coarse.shape, np.bool_)
+        np.put_along_axis(chosen, tiles, True, axis=1)
+        result["chosen"][rows] = chosen[:, of_tile]
+    return result
 
 
 def _sigmoid(scores: np.ndarray, *, out: np.ndarray) -> None:
@@ -119,17 +123,3 @@ def _sigmoid(scores: np.ndarray, *, out: np.ndarray) -> None:
     np.exp(out, out=out)
     out += 1
     np.reciprocal(out, out=out)
-
-
-def _descending(values: np.ndarray) -> np.ndarray:
-    """Order of each row from its greatest value down, ties as they come.
-
-    In float32, value and place are one integer: to sort these is several times faster than a stable sort.
-    """
-    if values.dtype != np.float32:
-        return np.argsort(-values, axis=1, kind="stable")
-    bits = (0 - values).view(np.int32)  # 0 - 0 and 0 - (-0) are the same zero
-    rising = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64)
-    keys = rising << 32 | np.arange(values.shape[1])
-    keys.sort(axis=1)
-    return keys & 0xFFFFFFFF

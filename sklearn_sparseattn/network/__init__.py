@@ -3,8 +3,9 @@
 from .coarse import CoarseAttention, strides_for
 from .fine import FineAttention, PixelEmbedding
 from .fusion import FusionClassifier
-from .selection import pixel_tokens, select_pixel_set, select_pixels
+from .selection import openness, pixel_tokens, select_pixels
 from .sparse_attn_net import SparseAttnNet, SparseAttnOutput
+from .tiles import TileTokens
 
 __all__ = [
     "CoarseAttention",
@@ -13,8 +14,9 @@ __all__ = [
     "PixelEmbedding",
     "SparseAttnNet",
     "SparseAttnOutput",
+    "TileTokens",
+    "openness",
     "pixel_tokens",
-    "select_pixel_set",
     "select_pixels",
     "strides_for",
 ]

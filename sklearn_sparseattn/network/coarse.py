@@ -1,19 +1,17 @@
 """Coarse attention: one cheap look at the whole image (eq. 2-3).
 
-A small convolutional network works at reduced resolution, scores every pixel at full resolution and
-pools its features. It knows nothing of pixels chosen, tokens or classes.
+A small convolutional network works at reduced resolution, scores its cells or every pixel, and pools its
+features. It knows nothing of tiles chosen, tokens or classes.
 """
 
 import itertools
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from .look import look as compiled_look
 
 
 def _convolution(in_channels: int, out_channels: int, stride: int = 1, size: int = 3) -> nn.Sequential:
@@ -30,7 +28,7 @@ class CoarseLook(NamedTuple):
 
     Attributes
     ----------
-    scores : Tensor of shape (B, H, W)
+    scores : Tensor of shape (B, H, W), or (B, h, w) of the cells
         Coarse attention before the sigmoid.
     z_coarse : Tensor of shape (B, n_features)
         Pooled features.
@@ -44,10 +42,10 @@ class CoarseLook(NamedTuple):
 
 
 class CoarseAttention(nn.Module):
-    """Score every pixel of an image, and describe the image as a whole.
+    """Score an image, and describe it as a whole.
 
-    The attention of eq. 2-3 in [1]_ is ``A_coarse = sigmoid(scores)``; the scores themselves are returned,
-    since the order of the pixels and the losses need no sigmoid.
+    The attention of eq. 2-3 in [1]_ is ``A_coarse = sigmoid(scores)``. The scores themselves are returned,
+    since their order and the losses need no sigmoid.
 
     Parameters
     ----------
@@ -60,14 +58,13 @@ class CoarseAttention(nn.Module):
         suit an image size.
     kernel_size : {3, 5, 7}, default=3
         Side of the kernels of the first convolution; those of the others are 3x3.
-    depth : {2, 3}, default=2
-        Convolutions before the pixels are scored: with 3, the second stage has two.
+    interpolate : bool, default=True
+        Give a score for every pixel. False: one for every cell of the second stage.
 
     Raises
     ------
     ValueError
-        If there are not two or three stages, or fewer strides than stages, or for another `kernel_size` or
-        `depth`.
+        If there are not two or three stages, or fewer strides than stages, or for another `kernel_size`.
 
     Attributes
     ----------
@@ -77,14 +74,11 @@ class CoarseAttention(nn.Module):
         Pixels from one cell of each stage's map to the next. Cell (i, j) lies over pixel (i, j) * step.
     background : Tensor of shape ()
         The level that images go on with beyond their borders, a buffer; 0 at first.
-    compiled : bool
-        Whether compiled code may stand in for the first two stages and the scores, in training on a CPU. It
-        does so where `depth` is 2.
 
     Notes
     -----
-    The second stage is scored, and the scores of its cells are interpolated linearly between the pixels that
-    they lie over; beyond the last cell its score goes on.
+    The second stage is scored. With `interpolate`, the scores of its cells are interpolated linearly between
+    the pixels that they lie over; beyond the last cell its score goes on.
 
     The convolutions are padded with zeros. Where the background is not black that makes a frame of edges,
     more striking than many a cell: so `background` is taken from the images first.
@@ -104,7 +98,6 @@ class CoarseAttention(nn.Module):
     """
 
     background: Tensor
-    compiled = True  # of the class, so that networks from before are what new ones are
 
     def __init__(
         self,
@@ -112,7 +105,7 @@ class CoarseAttention(nn.Module):
         channels: tuple[int, ...] = (8, 16, 24),
         strides: tuple[int, ...] = (2, 2, 2),
         kernel_size: int = 3,
-        depth: int = 2,
+        interpolate: bool = True,
     ) -> None:
         super().__init__()
         if not 2 <= len(channels) <= min(3, len(strides)):
@@ -121,13 +114,9 @@ class CoarseAttention(nn.Module):
             )
         if kernel_size not in (3, 5, 7):
             raise ValueError(f"kernel_size={kernel_size!r} must be 3, 5 or 7.")
-        if depth not in (2, 3):
-            raise ValueError(f"depth={depth!r} must be 2 or 3.")
         self.register_buffer("background", torch.zeros(()))
         self.early = _convolution(in_channels, channels[0], strides[0], kernel_size)
         self.middle = _convolution(channels[0], channels[1], strides[1])
-        if depth == 3:
-            self.middle.extend(_convolution(channels[1], channels[1]))
         self.score = nn.Conv2d(channels[1], 1, 1)
         self.deep = None
         if len(channels) == 3:
@@ -137,21 +126,10 @@ class CoarseAttention(nn.Module):
             )
         self.steps = tuple(itertools.accumulate(strides[: len(channels)], operator.mul))
         self.n_features = 2 * channels[-1]
-
-    def stages(self) -> list[list[Any]]:
-        """Give the layers of each stage.
-
-        Returns
-        -------
-        list of two or three lists of Sequential
-            Each is a convolution, batch norm and ReLU.
-        """
-        middle = [self.middle[first : first + 3] for first in range(0, len(self.middle), 3)]
-        stages: list[list[Any]] = [[self.early], middle]
-        return stages if self.deep is None else [*stages, list(self.deep)]
+        self.interpolate = interpolate
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Score the pixels and pool the features.
+        """Score the image and pool its features.
 
         Parameters
         ----------
@@ -160,7 +138,7 @@ class CoarseAttention(nn.Module):
 
         Returns
         -------
-        scores : Tensor of shape (B, H, W)
+        scores : Tensor of shape (B, H, W), or (B, h, w) of the cells
             Coarse attention before the sigmoid.
         z_coarse : Tensor of shape (B, n_features)
             Pooled coarse features.
@@ -168,7 +146,7 @@ class CoarseAttention(nn.Module):
         return self.look(images)[:2]
 
     def look(self, images: Tensor) -> CoarseLook:
-        """Score the pixels, pool the features, and keep the maps.
+        """Score the image, pool its features, and keep the maps.
 
         Parameters
         ----------
@@ -180,20 +158,14 @@ class CoarseAttention(nn.Module):
         CoarseLook
             Scores, pooled features and the map of each stage.
         """
-        images = images - self.background
-        quick = compiled_look(images, self.early, self.middle, self.score) if self.compiled else None
-        if quick is not None:
-            scores, z_coarse, early, middle = quick
-        else:
-            early = self.early(images)
-            middle = self.middle(early)
+        early = self.early(images - self.background)
+        middle = self.middle(early)
+        scores = self.score(middle)
+        if self.interpolate:
             height, width = images.shape[-2:]
-            scores = _between_cells(self.score(middle), self.steps[1])[:, 0, :height, :width]
-            z_coarse = _pooled(middle)
-        if self.deep is None:
-            return CoarseLook(scores, z_coarse, (early, middle))
-        deep = self.deep(middle)
-        return CoarseLook(scores, _pooled(deep), (early, middle, deep))
+            scores = _between_cells(scores, self.steps[1])[..., :height, :width]
+        maps = (early, middle) if self.deep is None else (early, middle, self.deep(middle))
+        return CoarseLook(scores[:, 0], _pooled(maps[-1]), maps)
 
 
 def _pooled(cells: Tensor) -> Tensor:

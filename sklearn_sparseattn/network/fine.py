@@ -27,23 +27,20 @@ class PixelEmbedding(nn.Module):
         self.first = nn.Linear(2 + n_channels, embed_dim)
         self.out = nn.Linear(embed_dim, embed_dim)
 
-    def hidden(self, pixels: Tensor, context: Tensor | None = None) -> Tensor:
+    def hidden(self, pixels: Tensor) -> Tensor:
         """Compute the hidden layer, all but the last linear one.
 
         Parameters
         ----------
         pixels : Tensor of shape (B, k, 2 + C)
             Position and values.
-        context : Tensor of shape (B, k, D), default=None
-            Added before the ReLU: what else is known of each pixel, see `TokenContext`.
 
         Returns
         -------
         hidden : Tensor of shape (B, k, D)
             Non-negative.
         """
-        hidden = self.first(pixels)
-        return F.relu(hidden if context is None else hidden + context)
+        return F.relu(self.first(pixels))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Embed each pixel by itself.

@@ -1,16 +1,13 @@
-"""Which pixels go on: the k of the highest scores or ranks, and the tokens made of them.
+"""Which pixels or tiles go on: the k of the highest scores, and the tokens of pixels.
 
 No parameters are learned here, and nothing here is differentiated through the choice itself.
 """
 
-import functools
-
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from . import branch
+RAMP = 0.1  # share of the chosen tiles whose gates close
+LEAST = 0.02  # width of the ramp in scores, at least
 
 
 def select_pixels(scores: Tensor, k: int) -> Tensor:
@@ -19,14 +16,14 @@ def select_pixels(scores: Tensor, k: int) -> Tensor:
     Parameters
     ----------
     scores : Tensor of shape (B, H, W) or (B, N)
-        One score a pixel, without NaN.
+        One score a pixel or tile, without NaN.
     k : int
-        Pixels to choose, 1 <= k <= N.
+        How many to choose, 1 <= k <= N.
 
     Returns
     -------
     indices : Tensor of shape (B, k), int64
-        Row-major pixel indices, i * W + j.
+        Row-major indices, i * W + j.
 
     Raises
     ------
@@ -40,78 +37,61 @@ def select_pixels(scores: Tensor, k: int) -> Tensor:
     >>> select_pixels(torch.tensor([[0.0, 2.0, 1.0, 2.0]]), 3)
     tensor([[1, 3, 2]])
     """
-    flat = _flat_scores(scores, k)
+    flat = scores.detach().flatten(1)
+    if not 1 <= k <= flat.shape[1]:
+        raise ValueError(f"k={k} cannot be chosen of {flat.shape[1]}: 1 <= k <= H * W.")
     return flat.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
-def select_pixel_set(scores: Tensor, k: int) -> Tensor:
-    """Choose the same pixels as `select_pixels`, in ascending order of index: no full sort is needed.
+def openness(scores: Tensor, chosen: Tensor) -> Tensor:
+    r"""How far the gates of chosen tiles are open; the last tenth close towards the best one not chosen.
 
     Parameters
     ----------
-    scores : Tensor of shape (B, H, W) or (B, N)
-        One score a pixel, without NaN.
-    k : int
-        Pixels to choose, 1 <= k <= N.
+    scores : Tensor of shape (B, N)
+        Of all tiles.
+    chosen : Tensor of shape (B, n), int64
+        The n highest.
 
     Returns
     -------
-    indices : Tensor of shape (B, k), int64
-        Row-major pixel indices, ascending.
+    Tensor of shape (B, n)
+        In [0, 1], without gradient; 1 if all tiles are chosen.
 
-    Raises
-    ------
-    ValueError
-        If k lies outside [1, N].
-    FloatingPointError
-        If the scores hold NaN.
+    Notes
+    -----
+    With :math:`a_{(1)} \ge a_{(2)} \ge \dots` the scores in order and r a tenth of n, at least 1,
+
+    .. math::
+        o_j = \min\Big(1, \frac{a_j - a_{(n + 1)}}{\max(a_{(n - r)} - a_{(n + 1)},\ 0.02)}\Big),
+
+    with :math:`a_{(1)}` where n - r < 1. A tile that has only just been chosen counts for nothing. So the
+    answer is a continuous function of the image, and it does not matter which of two equal tiles was chosen.
     """
-    flat = _flat_scores(scores, k)
-    n_images, n_pixels = flat.shape
-    if k == n_pixels:
-        return torch.arange(k, device=flat.device).expand(n_images, k)
-    chosen_by_code = branch.select(flat, k)
-    if chosen_by_code is not None:
-        return chosen_by_code
-    threshold = flat.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    above = flat > threshold
-    tied = flat == threshold
-    # Of the pixels at the threshold itself, only the first few fit.
-    room = k - above.sum(1, keepdim=True)
-    chosen = above | (tied & (tied.cumsum(1) <= room))
-    indices = chosen.nonzero()[:, 1]
-    if len(indices) != n_images * k:
-        raise FloatingPointError("the scores of the pixels hold NaN")
-    return indices.view(n_images, k)
+    scores = scores.detach()
+    n = chosen.shape[1]
+    if n == scores.shape[1]:
+        return torch.ones_like(chosen, dtype=scores.dtype)
+    own = scores.gather(1, chosen)
+    best_left = scores.scatter(1, chosen, -torch.inf).amax(1, keepdim=True)
+    full = own.sort(dim=1, descending=True).values[:, max(n - 1 - n_closing(n), 0), None]
+    return ((own - best_left) / (full - best_left).clamp(min=LEAST)).clamp(0, 1)
 
 
-def _flat_scores(scores: Tensor, k: int) -> Tensor:
-    flat = scores.detach().flatten(1)
-    if not 1 <= k <= flat.shape[1]:
-        raise ValueError(f"k={k} pixels cannot be chosen of {flat.shape[1]}: 1 <= k <= H * W.")
-    return flat
-
-
-@functools.cache
-def turns(step: int) -> npt.NDArray[np.float64]:
-    """The order in which the pixels over a cell have their turn: that of a Bayer matrix, as in dithering.
+def n_closing(n_chosen: int) -> int:
+    """Count the chosen tiles whose gates close.
 
     Parameters
     ----------
-    step : int
-        Pixels along the side of a cell, a power of 2.
+    n_chosen : int
+        Tiles chosen, >= 1.
 
     Returns
     -------
-    ndarray of shape (step, step), float64
-        0, 1 / step**2, ... up to less than 1; the first ones lie far from each other. Not to be written.
+    int
+        A tenth of them, at least 1.
     """
-    order = np.zeros((1, 1))
-    while len(order) < step:
-        order = np.block([[4 * order, 4 * order + 2], [4 * order + 3, 4 * order + 1]])
-    result = order / order.size
-    result.flags.writeable = False
-    return result
+    return max(1, int(RAMP * n_chosen + 0.5))
 
 
 def pixel_tokens(images: Tensor, indices: Tensor) -> Tensor:

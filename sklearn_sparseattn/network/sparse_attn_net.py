@@ -7,13 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .branch import TokenBranch, is_compiled
 from .coarse import CoarseAttention
-from .compiled import has_hooks
-from .context import TokenContext
 from .fine import FineAttention, PixelEmbedding
 from .fusion import FusionClassifier
-from .selection import pixel_tokens, select_pixel_set, turns
+from .selection import openness, pixel_tokens, select_pixels
+from .tiles import TileTokens
+
+# Channels of the stages, side of the first kernel, sparse layers between tiles.
+SIZES: dict[str, dict[str, Any]] = {
+    "default": {"channels": (8, 16), "kernel_size": 3, "n_layers": 2},
+    "large": {"channels": (16, 32), "kernel_size": 5, "n_layers": 3},
+}
 
 
 class SparseAttnOutput(NamedTuple):
@@ -23,28 +27,28 @@ class SparseAttnOutput(NamedTuple):
     ----------
     logits : Tensor of shape (B, n_classes)
         Before the softmax.
-    features : Tensor of shape (B, D + F)
-        f = [z_fine ; z_coarse], eq. 14.
-    scores : Tensor of shape (B, H, W)
-        Coarse attention before the sigmoid.
-    pixels : Tensor of shape (B, k), int64
-        Row-major indices of the chosen pixels, ascending.
-    attention : Tensor of shape (B, k)
-        Fine attention of the chosen pixels, non-negative.
-    contribution : Tensor of shape (B, k)
-        Signed weights w_j of the chosen pixels in z_fine.
+    features : Tensor of shape (B, n_features)
+        What the classifier is given: f of eq. 14.
+    scores : Tensor of shape (B, rows, columns)
+        Coarse attention of the tiles before the sigmoid.
+    tiles : Tensor of shape (B, n), int64
+        Row-major indices of the chosen tiles, best first.
+    attention : Tensor of shape (B, n)
+        Fine attention of the chosen tiles, non-negative.
+    contribution : Tensor of shape (B, n)
+        Signed weights w_j of the chosen tiles in z_fine.
     """
 
     logits: Tensor
     features: Tensor
     scores: Tensor
-    pixels: Tensor
+    tiles: Tensor
     attention: Tensor
     contribution: Tensor
 
 
 class SparseAttnNet(nn.Module):
-    r"""Look once at everything, choose k pixels, attend to those alone, classify [1]_.
+    r"""Look once at everything, choose tiles, attend to those alone, classify [1]_.
 
     Parameters
     ----------
@@ -53,7 +57,7 @@ class SparseAttnNet(nn.Module):
     n_classes : int
         Number of classes.
     k : float
-        Pixels to choose; used as ``floor(k + 0.5)``, at least 1 and at most H * W.
+        Pixels to choose, see `n_chosen`.
     embed_dim : int, default=32
         Length D of a token.
     n_heads : int, default=2
@@ -61,33 +65,16 @@ class SparseAttnNet(nn.Module):
     hidden_dim : int, default=128
         Hidden width of the classifier.
     strides : tuple of three int, default=(2, 2, 2)
-        Of the stages of the coarse network, of which there are two with ``variant="context"``.
-    normalize_fine : bool, default=True
-        Layer norm on z_fine before the fusion: the two halves of f come at the same scale. The paper does
-        not mention one.
-    variant : {"context", "paper"}, default="context"
-        What a token knows, see Notes.
-    separable : bool, default=True
-        With ``variant="context"``, the form of the convolutions at the chosen pixels, see `TokenContext`. The
-        first model files have whole ones.
-    spread : float, default=3.0
-        With ``variant="context"``, how much the rank of neighbouring pixels differs, see Notes. 0: neighbours
-        have almost the same rank, and the chosen pixels are one or two blots, as in the first model files.
-    margin : float, default=0.4
-        With ``variant="context"``, how far the rank of a pixel must be above those that were not chosen for
-        its gate to be all open, see Notes; 0: no matter how far, as in the first model files.
-    kernel_size : {3, 5, 7}, default=3
-        Side of the first convolution.
-    depth : {2, 3}, default=2
-        Convolutions before the pixels are scored, see `CoarseAttention`.
-    margins : bool, default=False
-        The gates of model files of version 2 instead, which nothing else has and only PyTorch computes:
-        :math:`\sigma(a_j)\, m_j / (m_j + \bar m)` with :math:`m_j = a_j - \min_i a_i + 10^{-6}`.
+        Of the stages of the coarse network, of which there are two with ``variant="tiles"``.
+    variant : {"tiles", "paper"}, default="tiles"
+        What a token is, see Notes.
+    size : {"default", "large"}, default="default"
+        Channels, first kernel and number of sparse layers with ``variant="tiles"``, see `SIZES`.
 
     Raises
     ------
     ValueError
-        If `variant`, `kernel_size` or `depth` is another, or `spread` or `margin` is not from 0 to 1000.
+        If `variant` or `size` is another, or ``size="large"`` is asked of the paper's form.
 
     Attributes
     ----------
@@ -95,39 +82,27 @@ class SparseAttnNet(nn.Module):
         A buffer, so that it is saved and restored with the weights; `DynamicK` moves it.
     form : dict
         The other arguments it was made with.
-    compiled : bool
-        Whether compiled code may stand in for `hidden_tokens` and `fine`; False if one of them is changed. It
-        does so where `is_compiled` says it can.
-        It does not where layers have hooks.
+    tile : int
+        Pixels along the side of a tile; 1 in the paper's form, where a tile is a pixel.
 
     Notes
     -----
     In the paper a token knows the position and the values of its pixel j,
-    :math:`E_j = W_2\, \mathrm{relu}(W_1 (x, y, v)_j + b_1) + b_2`, and deep coarse features, pooled over the
-    whole image, go straight to the answer: that can do without the tokens, and does. With
-    ``variant="context"`` the coarse network ends after two stages, the second is pooled, and the next
-    convolution is made where pixels were chosen, nowhere else. With :math:`(U_s * c_s)_j` a 3x3 convolution
-    of the features of stage s at the cell of pixel j, and :math:`g_j` the pixel's gate,
+    :math:`E_j = W_2\, \mathrm{relu}(W_1 (x, y, v)_j + b_1) + b_2`, the coarse network has a third stage,
+    which is pooled over the whole image, and f = [z_fine ; z_coarse].
 
-    .. math::
-        E_j = W_2 \left[g_j\, \mathrm{relu}\Big(W_1 (x, y, v)_j + b_1
-        + \textstyle\sum_s (U_s * c_s)_j\Big)\right] + b_2 .
+    With ``variant="tiles"`` a tile is a cell of the second stage with the pixels over it. Its token knows the
+    features around it, and the deeper convolutions run between chosen tiles alone: see `TileTokens`. With
+    :math:`a_j` the score of tile j and :math:`o_j` the `openness` of its choice, the gate is
 
-    Scores are smooth. So that what is chosen covers what matters, and not all pixels of a few cells of the
-    maps, pixels are chosen by rank: with :math:`a_j` the pixel's score and :math:`t_j` from 0 up to less than
-    1, by the pixel's place over the cell in the order of a Bayer matrix, as in dithering,
-    :math:`r_j = a_j - \mathrm{spread}\; t_j`. With r' the highest rank that was not chosen,
+    .. math:: g_j = \sigma(a_j)\, o_j .
 
-    .. math::
-        g_j = \sigma(a_j)\, \min\Big(1, \frac{r_j - r'}{\mathrm{margin}}\Big) .
+    By its first factor the loss of the answer teaches the scores, where in the paper the distillation alone
+    does. The second makes the answer a continuous function of the image. Then
+    f = [z_fine ; maximum of the tokens ; z_coarse], with z_coarse pooled from the second stage.
 
-    The first factor lets the loss of the answer teach the scores, where in the paper the distillation alone
-    does. The second, without gradient, makes the answer a continuous function of the image: a pixel that has
-    only just been chosen has no weight yet, and it does not matter which of two equal ones was.
-
-    Hooks are called on the layers, but not on `coarse`, `embedding` and `fine`, of which other methods than
-    `forward` are called, nor on ``embedding.out`` and the convolutions of `context`, whose weights are folded
-    or used by themselves.
+    Hooks are called on the layers, but not on ``embedding.out`` and ``tokens.out``, whose weights are folded,
+    nor on `coarse`, `embedding` and `fine`, of which other methods than `forward` are called.
 
     References
     ----------
@@ -138,10 +113,10 @@ class SparseAttnNet(nn.Module):
     --------
     >>> import torch
     >>> from sklearn_sparseattn.network import SparseAttnNet
-    >>> net = SparseAttnNet(n_channels=1, n_classes=3, k=50).eval()
+    >>> net = SparseAttnNet(n_channels=1, n_classes=3, k=64).eval()
     >>> out = net(torch.rand(4, 1, 20, 30))
-    >>> out.logits.shape, out.pixels.shape
-    (torch.Size([4, 3]), torch.Size([4, 50]))
+    >>> out.logits.shape, out.tiles.shape
+    (torch.Size([4, 3]), torch.Size([4, 4]))
     """
 
     k: Tensor
@@ -156,21 +131,16 @@ class SparseAttnNet(nn.Module):
         n_heads: int = 2,
         hidden_dim: int = 128,
         strides: tuple[int, int, int] = (2, 2, 2),
-        normalize_fine: bool = True,
-        variant: str = "context",
-        separable: bool = True,
-        spread: float = 3.0,
-        margin: float = 0.4,
-        kernel_size: int = 3,
-        depth: int = 2,
-        margins: bool = False,
+        variant: str = "tiles",
+        size: str = "default",
     ) -> None:
         super().__init__()
-        if variant not in ("context", "paper"):
-            raise ValueError(f"variant={variant!r} must be 'context' or 'paper'.")
-        for name, value in (("spread", spread), ("margin", margin)):
-            if not 0 <= value <= 1000:
-                raise ValueError(f"{name}={value!r} must be a number from 0 to 1000.")
+        if variant not in ("tiles", "paper"):
+            raise ValueError(f"variant={variant!r} must be 'tiles' or 'paper'.")
+        if size not in SIZES:
+            raise ValueError(f"size={size!r} must be 'default' or 'large'.")
+        if variant == "paper" and size != "default":
+            raise ValueError(f"size={size!r} has no effect with variant='paper': leave it at 'default'.")
         self.form: dict[str, Any] = {
             "n_channels": n_channels,
             "n_classes": n_classes,
@@ -178,25 +148,24 @@ class SparseAttnNet(nn.Module):
             "n_heads": n_heads,
             "hidden_dim": hidden_dim,
             "strides": strides,
-            "normalize_fine": normalize_fine,
             "variant": variant,
-            "separable": separable,
-            "spread": spread,
-            "margin": margin,
-            "kernel_size": kernel_size,
-            "depth": depth,
-            "margins": margins,
+            "size": size,
         }
-        self.compiled = True
-        channels = (8, 16) if variant == "context" else (8, 16, 24)
-        self.coarse = CoarseAttention(n_channels, channels, strides, kernel_size, depth)
-        self.context = None
-        if variant == "context":
-            self.context = TokenContext(channels, self.coarse.steps, embed_dim, separable)
-        self.embedding = PixelEmbedding(n_channels, embed_dim)
         self.fine = FineAttention(embed_dim, n_heads)
-        self.fine_norm = nn.LayerNorm(embed_dim) if normalize_fine else nn.Identity()
-        self.fusion = FusionClassifier(embed_dim + self.coarse.n_features, n_classes, hidden_dim)
+        self.fine_norm = nn.LayerNorm(embed_dim)
+        self.embedding = self.tokens = None
+        if variant == "paper":
+            self.tile, n_fine = 1, embed_dim
+            self.coarse = CoarseAttention(n_channels, (8, 16, 24), strides)
+            self.embedding = PixelEmbedding(n_channels, embed_dim)
+        else:
+            own = SIZES[size]
+            self.coarse = CoarseAttention(
+                n_channels, own["channels"], strides, own["kernel_size"], interpolate=False
+            )
+            self.tile, n_fine = self.coarse.steps[1], 2 * embed_dim
+            self.tokens = TileTokens(own["channels"], strides[1], embed_dim, own["n_layers"])
+        self.fusion = FusionClassifier(n_fine + self.coarse.n_features, n_classes, hidden_dim)
         self.register_buffer("k", torch.tensor(float(k), dtype=torch.float64, device="cpu"))
 
     def forward(self, images: Tensor) -> SparseAttnOutput:
@@ -213,170 +182,138 @@ class SparseAttnNet(nn.Module):
             Logits, features, and where they came from.
         """
         scores, z_coarse, maps = self.coarse.look(images)
-        pixels = self.choose(images, scores)
-        z_fine, attention, contribution = self.attend(images, pixels, scores, maps)
-        features = torch.cat([self.fine_norm(z_fine), z_coarse], dim=1)
-        return SparseAttnOutput(self.fusion(features), features, scores, pixels, attention, contribution)
+        tiles = self.choose(images, scores)
+        if self.embedding is not None:
+            hidden = self.embedding.hidden(pixel_tokens(images, tiles))
+            z_fine, attention, contribution = self.fine.attend(hidden, self.embedding.out)
+            pooled = [z_coarse]
+        else:
+            assert self.tokens is not None  # one of the two variants
+            tokens = self.tile_tokens(scores, maps, tiles)
+            z_fine, attention, contribution = self.fine.attend(tokens, self.tokens.out)
+            pooled = [tokens.amax(1), z_coarse]
+        features = torch.cat([self.fine_norm(z_fine), *pooled], dim=1)
+        return SparseAttnOutput(self.fusion(features), features, scores, tiles, attention, contribution)
 
     def choose(self, images: Tensor, scores: Tensor) -> Tensor:
-        """Choose the pixels that go on.
+        """Choose the tiles that go on.
 
         Parameters
         ----------
         images : Tensor of shape (B, C, H, W)
             Not looked at: for controls that choose otherwise.
-        scores : Tensor of shape (B, H, W)
+        scores : Tensor of shape (B, rows, columns)
             Coarse attention before the sigmoid.
 
         Returns
         -------
-        pixels : Tensor of shape (B, k), int64
-            The k of the highest rank, ascending.
+        tiles : Tensor of shape (B, n), int64
+            Those of the highest scores, best first.
         """
-        return select_pixel_set(self.ranks(scores), self.n_chosen(scores.shape[1:].numel()))
+        return select_pixels(scores, self.n_chosen(scores.shape[1:].numel()))
 
-    def ranks(self, scores: Tensor) -> Tensor:
-        """By what pixels are chosen.
+    def tile_tokens(self, scores: Tensor, maps: tuple[Tensor, ...], tiles: Tensor) -> Tensor:
+        """Make the tokens of the chosen tiles.
 
         Parameters
         ----------
-        scores : Tensor of shape (B, H, W)
-            Coarse attention before the sigmoid.
-
-        Returns
-        -------
-        Tensor of shape (B, H, W)
-            The scores themselves, or spread, see Notes.
-        """
-        if self.context is None or self.form["spread"] == 0:
-            return scores
-        step, (height, width) = self.context.steps[1], scores.shape[1:]
-        tile = torch.from_numpy(self.form["spread"] * turns(step)).to(scores)
-        return scores - tile.repeat(-(-height // step), -(-width // step))[:height, :width]
-
-    def attend(
-        self, images: Tensor, pixels: Tensor, scores: Tensor, maps: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Make the tokens of the chosen pixels, and pool them.
-
-        In compiled code where that can be; then attention and contribution have no gradients.
-
-        Parameters
-        ----------
-        images : Tensor of shape (B, C, H, W)
-            The images.
-        pixels : Tensor of shape (B, k), int64
-            The chosen pixels.
-        scores : Tensor of shape (B, H, W)
+        scores : Tensor of shape (B, rows, columns)
             Coarse attention before the sigmoid.
         maps : tuple of Tensor
             Coarse features, see `CoarseLook`.
+        tiles : Tensor of shape (B, n), int64
+            The chosen tiles.
 
         Returns
         -------
-        z_fine, attention, contribution : Tensor
-            As from `FineAttention.attend`.
+        tokens : Tensor of shape (B, n, D)
+            Non-negative.
         """
-        fine, out, context = self.fine, self.embedding.out, self.context
-        if context is None or not self.is_compiled(images) or maps[0].dtype != torch.float32:
-            return fine.attend(self.hidden_tokens(images, pixels, scores, maps), out)
-        first = self.embedding.first
-        gates = self.gates(scores, pixels)
-        weights = (*context.parameters(), first.weight, first.bias, *fine.fold(out))
-        *sums, attention, contribution = TokenBranch.apply(
-            images, pixels, context.steps, gates, *maps, *weights
-        )
-        pooled, weight, cls_weight = sums
-        return fine.finish(pooled, weight, cls_weight, out), attention, contribution
+        assert self.tokens is not None  # the paper's form has other tokens
+        flat = scores.flatten(1)
+        gates = flat.gather(1, tiles).sigmoid() * self.openness(flat, tiles)
+        return self.tokens(*maps, tiles, gates)
 
-    def is_compiled(self, images: Tensor) -> bool:
-        """Whether compiled code makes the tokens of these images and pools them.
+    def openness(self, scores: Tensor, tiles: Tensor) -> Tensor:
+        """How far the choice of each tile is above those that were not chosen.
 
         Parameters
         ----------
-        images : Tensor of shape (B, C, H, W)
-            The images.
+        scores : Tensor of shape (B, N)
+            Of all tiles.
+        tiles : Tensor of shape (B, n), int64
+            The chosen ones.
 
         Returns
         -------
-        bool
-            If not, PyTorch does it.
+        Tensor of shape (B, n)
+            See `selection.openness`; controls that choose otherwise replace it.
         """
-        context, first, key = self.context, self.embedding.first, self.fine.key.weight
-        if context is None or not (self.compiled and context.separable and len(images) > 0):
-            return False
-        channels = [len(depthwise) for depthwise in list(context.parameters())[::2]]
-        is_here = key.device.type == "cpu" and not has_hooks(context, first)
-        return is_here and is_compiled(images, channels, *key.shape[::-1])
+        return openness(scores, tiles)
 
-    def hidden_tokens(
-        self, images: Tensor, pixels: Tensor, scores: Tensor, maps: tuple[Tensor, ...]
-    ) -> Tensor:
-        """Make the tokens, but for the last linear layer of the embedding.
+    def n_chosen(self, n_tiles: int, k: float | None = None) -> int:
+        """Tiles chosen of an image that has `n_tiles`.
 
         Parameters
         ----------
-        images : Tensor of shape (B, C, H, W)
-            The images.
-        pixels : Tensor of shape (B, k), int64
-            The chosen pixels.
-        scores : Tensor of shape (B, H, W)
-            Coarse attention before the sigmoid.
-        maps : tuple of Tensor
-            Coarse features, see `CoarseLook`.
-
-        Returns
-        -------
-        hidden : Tensor of shape (B, k, D)
-            The bracket in Notes.
-        """
-        tokens = pixel_tokens(images, pixels)
-        if self.context is None:
-            return self.embedding.hidden(tokens)
-        gates = self.gates(scores, pixels)
-        context = self.context(maps, pixels, images.shape[-1])
-        return self.embedding.hidden(tokens, context) * gates.unsqueeze(-1)
-
-    def gates(self, scores: Tensor, pixels: Tensor) -> Tensor:
-        """Factors of the tokens.
-
-        Parameters
-        ----------
-        scores : Tensor of shape (B, H, W)
-            Coarse attention before the sigmoid.
-        pixels : Tensor of shape (B, k), int64
-            The chosen pixels.
-
-        Returns
-        -------
-        Tensor of shape (B, k)
-            From 0 to 1, see Notes.
-        """
-        chosen, margin = scores.flatten(1).gather(1, pixels), self.form["margin"]
-        gates = chosen.sigmoid()
-        if self.form["margins"]:
-            above = chosen - chosen.amin(1, keepdim=True) + 1e-6
-            return gates * above / (above + above.mean(1, keepdim=True))
-        ranks = self.ranks(scores.detach()).flatten(1)
-        if margin == 0 or pixels.shape[1] == ranks.shape[1]:
-            return gates
-        others = ranks.scatter(1, pixels, -torch.inf).amax(1, keepdim=True)
-        return gates * ((ranks.gather(1, pixels) - others) / margin).clamp(0, 1)
-
-    def n_chosen(self, n_pixels: int) -> int:
-        """Pixels chosen of an image that has `n_pixels`.
-
-        Parameters
-        ----------
-        n_pixels : int
-            H * W.
+        n_tiles : int
+            Tiles in all.
+        k : float, default=None
+            Pixels to choose; None takes the network's own.
 
         Returns
         -------
         int
-            ``floor(k + 0.5)`` within [1, n_pixels].
+            k divided by the pixels of a tile and rounded, half up, within [1, n_tiles].
         """
-        return min(max(math.floor(self.k.item() + 0.5), 1), n_pixels)
+        k = self.k.item() if k is None else k
+        return min(max(math.floor(k / self.tile**2 + 0.5), 1), n_tiles)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Count the rows and columns of tiles of an image.
+
+        Parameters
+        ----------
+        height, width : int
+            Of the image, in pixels.
+
+        Returns
+        -------
+        tuple of (int, int)
+            Tiles at the right and lower border may have fewer pixels.
+        """
+        return -(-height // self.tile), -(-width // self.tile)
+
+    def area_of(self, height: int, width: int) -> int:
+        """Count the pixels of all tiles of an image, as if those at the border were whole.
+
+        Parameters
+        ----------
+        height, width : int
+            Of the image, in pixels.
+
+        Returns
+        -------
+        int
+            The k with which all tiles are chosen.
+        """
+        return math.prod(self.grid_of(height, width)) * self.tile**2
+
+    def k_of(self, height: int, width: int) -> int:
+        """Count the pixels chosen of an image.
+
+        Parameters
+        ----------
+        height, width : int
+            Of the image, in pixels.
+
+        Returns
+        -------
+        int
+            Those of the chosen tiles, as if each were whole; at most all.
+        """
+        n_chosen = self.n_chosen(math.prod(self.grid_of(height, width)))
+        return min(n_chosen * self.tile**2, height * width)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw all weights anew, leaving k as it is.
@@ -388,11 +325,7 @@ class SparseAttnNet(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(
-                    module.weight,
-                    nonlinearity="relu" if module.groups == 1 else "linear",
-                    generator=generator,
-                )
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Linear):

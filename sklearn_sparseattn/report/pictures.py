@@ -38,12 +38,15 @@ class Pictures(NamedTuple):
         In pixels.
     factor : int
         So many pixels of the image, to the side, are one of the picture.
+    n_tiles : int
+        Tiles chosen of each image.
     """
 
     layers: dict[str, list[str]]
     height: int
     width: int
     factor: int
+    n_tiles: int
 
 
 def draw_cells(estimator: Any, X: Any, rows: np.ndarray) -> Pictures:
@@ -76,7 +79,9 @@ def draw_cells(estimator: Any, X: Any, rows: np.ndarray) -> Pictures:
         factor += 1
     cells = list(_draw(estimator, X, rows, to_gray, colours, factor))
     layers = {name: [cell[i] for cell in cells] for i, name in enumerate(LAYERS)}
-    return Pictures(layers, -(-height // factor), -(-width // factor), factor)
+    [(first, _)] = _chunks(estimator, X, rows[:1])
+    n_tiles = estimator.attention_maps(first).tiles.shape[1]
+    return Pictures(layers, -(-height // factor), -(-width // factor), factor, n_tiles)
 
 
 def _chunks(estimator: Any, X: Any, rows: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
@@ -132,17 +137,16 @@ def _draw(
     """Layers of one cell after the other, in the order of `LAYERS`."""
     for chunk, images in _chunks(estimator, X, rows):
         maps = estimator.attention_maps(chunk)
-        for image, coarse, pixels, fine, contribution in zip(
-            to_gray(images), maps.coarse, maps.pixels, maps.fine, maps.contribution, strict=True
+        for image, coarse, is_chosen, fine, contribution in zip(
+            to_gray(images), maps.coarse, maps.chosen, maps.fine, maps.contribution, strict=True
         ):
             low, high = coarse.min(), coarse.max()
             levels = (255 * (coarse - low) / ((high - low) or 1) + 0.5).astype(np.uint8)
-            place, height, width = _blocks(pixels, coarse.shape, factor)
-            chosen = np.bincount(place, minlength=height * width).reshape(height, width) > 0
-            values = _in_blocks(fine, pixels, place, chosen)
+            chosen = _in_blocks(is_chosen, factor) > 0
+            values = _in_blocks(fine, factor)
             top = np.percentile(values[chosen], 99) or 1.0
             fine_levels = np.where(chosen, 1 + (_N_LEVELS - 1) * np.minimum(values / top, 1) + 0.5, 0)
-            values = _in_blocks(contribution, pixels, place, chosen)
+            values = _in_blocks(contribution, factor)
             top, middle = np.percentile(abs(values[chosen]), 99) or 1.0, (_N_LEVELS + 1) // 2
             signed_levels = middle + np.rint((middle - 1) * np.clip(values / top, -1, 1))
             yield (
@@ -154,16 +158,10 @@ def _draw(
             )
 
 
-def _blocks(pixels: np.ndarray, shape: tuple[int, int], factor: int) -> tuple[np.ndarray, int, int]:
-    """Index of the block of each pixel, and how many blocks there are, down and across."""
-    height, width = -(-shape[0] // factor), -(-shape[1] // factor)
-    return pixels // shape[1] // factor * width + pixels % shape[1] // factor, height, width
-
-
-def _in_blocks(values: np.ndarray, pixels: np.ndarray, place: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """Sum of a map over the chosen pixels of each block."""
-    sums = np.bincount(place, weights=values.ravel()[pixels], minlength=like.size)
-    return sums.reshape(like.shape)
+def _in_blocks(values: np.ndarray, factor: int) -> np.ndarray:
+    """Sum of a map over each block; the last ones may be smaller."""
+    rows, columns = (np.arange(0, n, factor) for n in values.shape)
+    return np.add.reduceat(np.add.reduceat(values, rows, axis=0, dtype=np.float64), columns, axis=1)
 
 
 def _reduced(image: np.ndarray, factor: int) -> np.ndarray:

@@ -118,7 +118,7 @@ def write_report(
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         classes=classes,
-        model=_model(estimator),
+        model=_model(estimator, pictures.n_tiles),
         charts=[calibration_chart(bins), *training_charts(estimator.history_, _n_pixels(estimator))],
         calibration_error=calibration_error(bins),
         cells=cells,
@@ -169,8 +169,10 @@ def _scores(true: np.ndarray, predicted: np.ndarray, n_classes: int) -> dict[str
     }
 
 
-def _model(estimator: Any) -> dict[str, Any]:
-    """What the model is and how it was fitted."""
+def _model(estimator: Any, n_tiles: int) -> dict[str, Any]:
+    """What the model is, how it was fitted, and with how many pixels it answered."""
+    tile = estimator.network_.tile
+    k = min(n_tiles * tile**2, _n_pixels(estimator))  # not `k_`, where predict_k says otherwise
     defaults = inspect.signature(type(estimator)).parameters
     texts = {name: _short(repr, value) for name, value in estimator.get_params(deep=False).items()}
     parameters = [(name, text, text != repr(defaults[name].default)) for name, text in texts.items()]
@@ -180,8 +182,9 @@ def _model(estimator: Any) -> dict[str, Any]:
         "parameters": sorted(parameters, key=lambda parameter: not parameter[2]),
         "image_shape": estimator.image_shape_,
         "data_range": [f"{float(value):g}" for value in estimator.data_range_],
-        "k": estimator.k_,
-        "share": estimator.k_ / _n_pixels(estimator),
+        "tile": tile,
+        "k": k,
+        "share": k / _n_pixels(estimator),
         "n_weights": sum(weights.numel() for weights in estimator.network_.parameters()),
         "n_epochs": estimator.n_iter_,
         "seconds": float(np.sum(history["duration"])),

@@ -1,4 +1,4 @@
-"""DynamicK: a skorch callback that moves the number of chosen pixels, k, by the training loss.
+"""DynamicK: a skorch callback that finds the number of chosen pixels, k, while a network trains.
 
 It knows no more of the network than that `net.module_` has a `k`, and no more of the data than how
 many pixels an image has.
@@ -6,83 +6,105 @@ many pixels an image has.
 
 import math
 from collections.abc import Mapping
-from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from skorch import NeuralNet
 from skorch.callbacks import Callback
-from torch import Tensor, nn
+from skorch.dataset import unpack_data
+from torch import Tensor
 
-# Shares, so that they mean the same at every image size. The bounds are the paper's at 135 x 135.
-# With the paper's other constants k does not learn (see DynamicK.paper), so the rest is ours.
-K_MIN = 1500 / 18225
+from ..parameters import is_int
+from .counts import (
+    check_count,
+    clip,
+    held_statistics,
+    is_real,
+    pixels_of,
+    read_k,
+    resolve_bounds,
+    write_k,
+)
+
+K_MIN = 1  # pixel: it decides nothing
 K_MAX = 1.0
-SHRINK = 0.035
-GROW = 0.06
-EMA_DECAY = 0.85
-MOMENTUM = 0.2
+TOLERANCE = 0.001
+STEP = 0.12
+_DECAY = 0.97  # of the moving averages, for each comparison
+_TINY = 1e-12
+_DRIFT = 0.3  # of a step, downwards: what more pixels bring must be seen
+_EXPLORE = 0.25  # share of the batches whose k is drawn from the whole range, at least
+_EVERY = 2  # batches, at least, from one comparison to the next: they are a fifth of the time of a fit
 
 
 class DynamicK(Callback):
-    """Fewer pixels while the loss falls, more when it stalls: eq. 21-23 of [1]_.
+    """Find how many pixels are worth looking at.
 
     A callback for any skorch net whose module has a `k`, the number of pixels it chooses: a buffer
-    of one element, or a plain number. The module uses it as ``floor(k + 0.5)``.
+    of one element, or a plain number. `paper` makes the callback with the published rule instead.
 
     Parameters
     ----------
-    k_min, k_max : int or float, default=1500/18225, 1.0
+    k_min, k_max : int or float, default=None
         Bounds of k. As everywhere here, an int is a number of pixels and a float in (0, 1] a share
         of the N pixels of an image: 1 is one pixel, 1.0 is all of them. Both are clipped to [1, N].
-    shrink, grow : int or float, default=0.035, 0.06
-        How far k is pulled down while the loss falls, and up when it stalls.
-    ema_decay : float, default=0.85
-        beta, in [0, 1): the share of the past in the moving average of the loss.
-    momentum : float, default=0.2
-        alpha, in [0, 1): the share of itself that k keeps in a step.
-    update : {"epoch", "batch"}, default="epoch"
-        Take a step for every epoch, by its mean loss, or for every batch.
-    grow_with_lr : bool, default=True
-        Make `grow` smaller as the learning rate falls, by its share of the highest rate so far. A network
-        that hardly learns any more cannot use pixels that are new to it: they raise its loss, for which it
-        would get yet more of them. Without a schedule of the rate this changes nothing.
+        None is 1 and 1.0, or what `SparseAttnClassifier` has.
+    tolerance : float, default=None
+        Loss, in nats, by which k must be better than half as many pixels to grow, >= 0. None is 0.001, or the
+        ``k_tolerance`` of `SparseAttnClassifier`.
+    step : float, default=0.12
+        Change of log k in a step at the highest learning rate, > 0. It falls with the learning rate.
+    n_checks : int, default=8
+        Batches of an epoch on which k / 2 and k are compared, at most.
     n_pixels : int, default=None
         N. None takes the last two axes, (H, W), of the images in the first training batch.
+    random_state : int, numpy.random.Generator or None, default=None
+        Draws the k of each batch. `SparseAttnClassifier` puts its own generator in the place of None.
 
     Attributes
     ----------
-    ema_ : float or None
-        L_ema; None before the first loss. It goes on through `partial_fit` and starts anew with the
-        net's `initialize`.
+    worth_ : float or None
+        Moving average of loss(k / 2) - loss(k); None before the first comparison. It goes on through
+        `partial_fit` and starts anew with the net's `initialize`.
+    noise_ : float
+        Its standard error.
     highest_rate_ : float
-        The highest learning rate at any step so far; 0 before the first, and as long-lived as `ema_`.
+        The highest learning rate at any step so far; 0 before the first, and as long-lived as `worth_`.
 
     Raises
     ------
     ValueError
-        If a parameter is out of its range, both bounds were given and k_min lies above k_max, or N
-        cannot be read from the batch.
+        If a parameter is out of its range, k_min lies above k_max, or N cannot be read from the batch.
     AttributeError
         If the module has no `k`.
 
     Notes
     -----
-    With L the training loss as the net records it (``train_loss``):
+    With rate the learning rate divided by `highest_rate_`, each batch is trained with another k, drawn
+    log-uniformly: from the whole range (but not below a 64th of k_max) with a probability of max(rate, 1/4),
+    otherwise from k / 2 to 2 k. One network then serves any k, and each tile has its turn to teach the
+    scores.
 
-    1. L_ema <- beta L_ema + (1 - beta) L. The first loss only sets L_ema.
-    2. k' = max(k - shrink, k_min) if L_ema fell, else k' = min(k + grow, k_max); with `grow_with_lr`, grow
-       times the learning rate / `highest_rate_`, which is not in the paper.
-    3. k <- alpha k + (1 - alpha) k'.
+    On some batches, before they are trained, the loss is computed with k / 2 (with k_min where that is more)
+    and with k: `net.get_loss` without gradient, in training mode, with the running statistics held. With d
+    the difference and beta = 0.97 for each comparison,
+
+    1. worth <- beta worth + (1 - beta) d, and likewise its variance, from which comes its standard error,
+       the noise.
+    2. excess = worth - tolerance, less what of it lies within the noise, divided by noise + tolerance / 2.
+    3. After each epoch log k moves by `step` * rate * (excess - 0.3), at most by `step` * rate.
+
+    So k grows where the last doubling of the pixels lowered the loss by more than the tolerance and the
+    noise, and falls where it did not.
 
     An epoch's step is taken as the next epoch begins. So ``net.history[:, "k"]``, recorded as an
-    epoch ends, is the k which that epoch was trained and validated with; a checkpoint holds it,
-    whatever the order of the callbacks; and a fitted module keeps the k it was last trained with.
-    By batches it is the k after the last batch of the epoch.
+    epoch ends, is the k about which that epoch was trained and with which it was validated; a checkpoint
+    holds it, whatever the order of the callbacks; and a fitted module keeps the k it was last trained with.
+    ``loss_at_half_k`` and ``loss_at_k`` in the history are the means of an epoch's comparisons.
 
     k is read back from the module at every step, so that restored weights bring theirs. It is
-    clipped to its bounds whenever training starts. A loss that is not finite changes nothing. If
-    k_max was given and the default k_min lies above it, k_min gives way.
+    clipped to its bounds whenever training starts. A loss that is not finite changes nothing.
 
     References
     ----------
@@ -95,60 +117,74 @@ class DynamicK(Callback):
     >>> from sklearn_sparseattn import DynamicK
     >>> from sklearn_sparseattn.network import SparseAttnNet
     >>> net = NeuralNetClassifier(SparseAttnNet, callbacks=[("dynamic_k", DynamicK(k_min=20))])
-    >>> net = net.set_params(callbacks__dynamic_k__grow=0.05)
+    >>> net = net.set_params(callbacks__dynamic_k__tolerance=0.02)
     """
 
     def __init__(
         self,
         *,
-        k_min: float = K_MIN,
-        k_max: float = K_MAX,
-        shrink: float = SHRINK,
-        grow: float = GROW,
-        ema_decay: float = EMA_DECAY,
-        momentum: float = MOMENTUM,
-        update: str = "epoch",
-        grow_with_lr: bool = True,
+        k_min: float | None = None,
+        k_max: float | None = None,
+        tolerance: float | None = None,
+        step: float = STEP,
+        n_checks: int = 8,
         n_pixels: int | None = None,
+        random_state: Any = None,
     ) -> None:
         self.k_min = k_min
         self.k_max = k_max
-        self.shrink = shrink
-        self.grow = grow
-        self.ema_decay = ema_decay
-        self.momentum = momentum
-        self.update = update
-        self.grow_with_lr = grow_with_lr
+        self.tolerance = tolerance
+        self.step = step
+        self.n_checks = n_checks
         self.n_pixels = n_pixels
+        self.random_state = random_state
 
-    @classmethod
-    def paper(cls, **overrides: Any) -> "DynamicK":
-        """Make the callback with the published constants.
+    @staticmethod
+    def paper(**overrides: Any) -> "DynamicK":
+        """Make the callback with the published rule and its constants.
 
         By batches, with so short a memory, the signs of the steps are almost coin flips.
 
         Parameters
         ----------
-        **overrides : parameters of DynamicK
-            Those to set otherwise, `n_pixels` for one.
+        **overrides : parameters of the rule
+            Those to set otherwise: k_min=1500, k_max=1.0, shrink=50, grow=80, ema_decay=0.2, momentum=0.2,
+            update="batch" ("epoch" takes a step an epoch), n_pixels=None.
 
         Returns
         -------
         DynamicK
-            k_min=1500, k_max=1.0, shrink=50, grow=80, ema_decay=0.2, momentum=0.2, update="batch",
-            grow_with_lr=False.
+            By eq. 21-23 of the paper.
         """
-        published: dict[str, Any] = {
-            "k_min": 1500,
-            "k_max": 1.0,
-            "shrink": 50,
-            "grow": 80,
-            "ema_decay": 0.2,
-            "momentum": 0.2,
-            "update": "batch",
-            "grow_with_lr": False,
-        }
-        return cls(**(published | overrides))
+        from .loss_trend_k import LossTrendK  # which is made from this class
+
+        return LossTrendK(**overrides)
+
+    def use(self, *, k_min: float, k_max: float, tolerance: float, n_pixels: int, rng: Any) -> None:
+        """Take these where the callback has None itself; `initialize` forgets nothing of it.
+
+        Parameters
+        ----------
+        k_min, k_max, tolerance : float
+            As the parameters.
+        n_pixels : int
+            Of the images.
+        rng : numpy.random.Generator
+            In place of `random_state`.
+        """
+        self.defaults_ = {"k_min": k_min, "k_max": k_max, "tolerance": tolerance}
+        self.defaults_ |= {"n_pixels": n_pixels, "random_state": rng}
+
+    def own_parameters(self) -> list[str]:
+        """Name the parameters of `SparseAttnClassifier` in whose place this has its own.
+
+        Returns
+        -------
+        list of str
+            Among "k_min", "k_max" and "k_tolerance".
+        """
+        own = {"k_min": self.k_min, "k_max": self.k_max, "k_tolerance": self.tolerance}
+        return [name for name, value in own.items() if value is not None]
 
     def initialize(self) -> "DynamicK":
         """Check the parameters and forget all losses.
@@ -159,11 +195,23 @@ class DynamicK(Callback):
             Itself.
         """
         self._check_parameters()
-        self.ema_: float | None = None
+        self.worth_: float | None = None
+        self.spread_ = 0.0  # variance of the differences
+        self.n_compared_ = 0
         self.highest_rate_ = 0.0
-        self.epoch_loss_: float | None = None  # of a finished epoch whose step is still to be taken
-        self.pixels_: dict[str, float] | None = None  # bounds and steps in pixels, once N is known
+        self.is_due_ = False  # the step of a finished epoch is still to be taken
+        self.n_per_epoch_ = 0  # batches; not known in the first epoch
+        self.n_seen_ = 0  # batches in all
+        self.bounds_: tuple[float, float] | None = None  # in pixels, once N is known
+        self.centre_: float | None = None  # k while a batch has another
+        self.rng_ = np.random.default_rng(self._value("random_state"))
         return self
+
+    @property
+    def noise_(self) -> float:
+        """Standard error of the moving average."""
+        n = min(self.n_compared_, (1 + _DECAY) / (1 - _DECAY))
+        return math.sqrt(self.spread_ / n) if n else 0.0
 
     def state_dict(self) -> dict[str, float | None]:
         """What it remembers of the losses, for a new net that goes on where another stopped.
@@ -173,7 +221,15 @@ class DynamicK(Callback):
         dict
             For `load_state_dict`. k is not in it: that is the module's.
         """
-        return {"ema": self.ema_, "highest_rate": self.highest_rate_, "epoch_loss": self.epoch_loss_}
+        return {
+            "worth": self.worth_,
+            "spread": self.spread_,
+            "n_compared": self.n_compared_,
+            "highest_rate": self.highest_rate_,
+            "is_due": float(self.is_due_),
+            "n_per_epoch": self.n_per_epoch_,
+            "n_seen": self.n_seen_,
+        }
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
         """Remember what another one did; to be called after the net's `initialize`.
@@ -183,8 +239,10 @@ class DynamicK(Callback):
         state : dict
             From `state_dict`.
         """
-        self.ema_, self.epoch_loss_ = state["ema"], state["epoch_loss"]
-        self.highest_rate_ = state["highest_rate"] or 0.0
+        self.worth_, self.spread_ = state["worth"], state["spread"] or 0.0
+        self.n_compared_ = int(state["n_compared"] or 0)
+        self.highest_rate_, self.is_due_ = state["highest_rate"] or 0.0, bool(state["is_due"])
+        self.n_per_epoch_, self.n_seen_ = int(state["n_per_epoch"] or 0), int(state["n_seen"] or 0)
 
     def on_train_begin(self, net: NeuralNet, **kwargs: Any) -> None:
         """Look for the module's k, and put it between its bounds if N is known.
@@ -197,15 +255,28 @@ class DynamicK(Callback):
             Not used.
         """
         self._check_parameters()  # set_params may have come since initialize
-        _read_k(net.module_)
-        self.pixels_ = None  # the images may have another size than the last time
-        if self.n_pixels is not None:
-            self._start(net, self.n_pixels)
+        read_k(net.module_)
+        self.bounds_ = None  # the images may have another size than the last time
+        if self._value("n_pixels") is not None:
+            self._start(net, self._value("n_pixels"))
+
+    def on_epoch_begin(self, net: NeuralNet, **kwargs: Any) -> None:
+        """Begin to count batches and gather comparisons.
+
+        Parameters
+        ----------
+        net : skorch.NeuralNet
+            In training.
+        **kwargs : dict
+            Not used.
+        """
+        self.n_batches_ = 0
+        self.compared_: list[tuple[float, float]] = []
 
     def on_batch_begin(
         self, net: NeuralNet, batch: Any = None, training: bool | None = None, **kwargs: Any
     ) -> None:
-        """Learn N from the first training batch, and take the step of the last epoch.
+        """Learn N from the first batch, take the step of the last epoch, compare, and draw this batch's k.
 
         Parameters
         ----------
@@ -220,92 +291,117 @@ class DynamicK(Callback):
         """
         if not training:
             return
-        if self.pixels_ is None:
-            self._start(net, _n_pixels(batch))
-        if self.epoch_loss_ is not None:
-            self._step(net, self.epoch_loss_)
-            self.epoch_loss_ = None
+        if self.bounds_ is None:
+            self._start(net, pixels_of(batch))
+        if self.is_due_:
+            self._step(net)
+            self.is_due_ = False
+        self._begin_batch(net, batch)
 
     def on_batch_end(self, net: NeuralNet, training: bool | None = None, **kwargs: Any) -> None:
-        """Take a step by the loss of a training batch.
+        """Give the module its own k back.
 
         Parameters
         ----------
         net : skorch.NeuralNet
-            In training; ``train_loss`` of the last batch is read from its history.
+            In training.
         training : bool
             False for a validation batch.
         **kwargs : dict
             Not used.
         """
-        if training and self.update == "batch":
-            self._step(net, net.history[-1, "batches", -1, "train_loss"])
+        if training:
+            self._give_back(net)
 
-    def on_epoch_end(self, net: NeuralNet, **kwargs: Any) -> None:
-        """Record k, and keep the epoch's mean loss for the next step.
+    def on_train_end(self, net: NeuralNet, **kwargs: Any) -> None:
+        """Give the module its own k back if the keyboard ended training within a batch.
 
         Parameters
         ----------
         net : skorch.NeuralNet
-            In training; ``train_loss`` and ``train_batch_size`` of the epoch's batches are read
-            from its history, and ``k`` is written there.
+            Trained.
         **kwargs : dict
             Not used.
         """
-        net.history.record("k", _read_k(net.module_))
-        if self.update == "epoch":
-            rows = net.history[-1, "batches", :, ("train_loss", "train_batch_size")]
-            self.epoch_loss_ = sum(loss * n for loss, n in rows) / sum(n for _, n in rows)
+        self._give_back(net)
 
-    def _check_parameters(self) -> None:
-        for name, least in {"k_min": 1, "k_max": 1, "shrink": 0, "grow": 0}.items():
-            value = getattr(self, name)
-            if not ((_is_int(value) and value >= least) or _is_share(value)):
-                raise ValueError(
-                    f"{name}={value!r} in DynamicK: an int >= {least}, a number of pixels, or a "
-                    "float in (0, 1], a share of the pixels of an image."
-                )
-        for name in ("ema_decay", "momentum"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not (isinstance(value, Real) and 0 <= float(value) < 1):
-                raise ValueError(f"{name}={value!r} in DynamicK: a number in [0, 1).")
-        if self.update not in ("epoch", "batch"):
-            raise ValueError(f'update={self.update!r} in DynamicK: "epoch" or "batch".')
-        if not isinstance(self.grow_with_lr, bool):
-            raise ValueError(f"grow_with_lr={self.grow_with_lr!r} in DynamicK: True or False.")
-        if self.n_pixels is not None and not (_is_int(self.n_pixels) and self.n_pixels >= 1):
-            raise ValueError(f"n_pixels={self.n_pixels!r} in DynamicK: an int >= 1, or None.")
+    def on_epoch_end(self, net: NeuralNet, **kwargs: Any) -> None:
+        """Record k and the losses compared.
 
-    def _start(self, net: NeuralNet, n_pixels: int) -> None:
-        k_min, k_max = resolve_bounds(self.k_min, self.k_max, n_pixels)
-        self.pixels_ = {
-            "k_min": k_min,
-            "k_max": k_max,
-            "shrink": to_pixels(self.shrink, n_pixels),
-            "grow": to_pixels(self.grow, n_pixels),
-        }
-        _write_k(net.module_, _clip(_read_k(net.module_), k_min, k_max))
+        Parameters
+        ----------
+        net : skorch.NeuralNet
+            In training; ``k``, ``loss_at_half_k`` and ``loss_at_k`` are written to its history.
+        **kwargs : dict
+            Not used.
+        """
+        net.history.record("k", read_k(net.module_))
+        means = np.mean(self.compared_, axis=0) if self.compared_ else (np.nan, np.nan)
+        for name, mean in zip(("loss_at_half_k", "loss_at_k"), means, strict=True):
+            net.history.record(name, float(mean))
+        self.n_per_epoch_, self.is_due_ = self.n_batches_, True
 
-    def _step(self, net: NeuralNet, loss: float) -> None:
-        learning = self._share_of_rate(net)
-        if not math.isfinite(loss):
+    # ---- the rule ----
+
+    def _give_back(self, net: NeuralNet) -> None:
+        if self.centre_ is not None:
+            write_k(net.module_, self.centre_)
+            self.centre_ = None
+
+    def _begin_batch(self, net: NeuralNet, batch: Any) -> None:
+        low, _ = self._bounds()
+        k = read_k(net.module_)
+        every = max(_EVERY, self.n_per_epoch_ // self.n_checks)
+        if self.n_seen_ % every == 0 and len(self.compared_) < self.n_checks:
+            self._compare(net, batch, max(k / 2, low), k)
+        self.n_batches_ += 1
+        self.n_seen_ += 1
+        self.centre_ = k
+        write_k(net.module_, self._draw(net, k))
+
+    def _draw(self, net: NeuralNet, k: float) -> float:
+        """Draw the k of a batch: from the whole range while much is learned, at last about k."""
+        low, high = self._bounds()
+        if self.rng_.random() < max(self._share_of_rate(net), _EXPLORE):
+            low, high = max(low, high / 64), high
+        else:
+            low, high = max(low, k / 2), min(high, 2 * k)
+        return clip(math.exp(self.rng_.uniform(math.log(low), math.log(high))), low, high)
+
+    def _compare(self, net: NeuralNet, batch: Any, fewer: float, k: float) -> None:
+        """Compute the losses of a batch with k and with fewer pixels; the module has k afterwards."""
+        images, target = unpack_data(batch)
+        if len(target if isinstance(target, Tensor) else target[0]) < 2:  # batch norm needs two rows
             return
-        if self.ema_ is None:
-            self.ema_ = loss
+        losses = []
+        net._set_training(True)
+        with torch.no_grad(), held_statistics(net.module_):
+            for count in (fewer, k):
+                write_k(net.module_, count)
+                output = net.infer(images)
+                losses.append(float(net.get_loss(output, target, X=images, training=False)))
+        write_k(net.module_, k)
+        if not all(map(math.isfinite, losses)):
             return
-        assert self.pixels_ is not None  # a training batch has begun
-        pixels = self.pixels_
-        if self.grow_with_lr:
-            pixels = pixels | {"grow": learning * pixels["grow"]}
-        k, self.ema_ = next_k(
-            _read_k(net.module_),
-            loss,
-            self.ema_,
-            ema_decay=self.ema_decay,
-            momentum=self.momentum,
-            **pixels,
-        )
-        _write_k(net.module_, k)
+        self.compared_.append((losses[0], losses[1]))
+        difference = losses[0] - losses[1]
+        self.n_compared_ += 1
+        share = max(1 - _DECAY, 1 / self.n_compared_)  # a plain mean at first
+        before = difference if self.worth_ is None else self.worth_
+        self.worth_ = before + share * (difference - before)
+        self.spread_ += share * ((difference - before) * (difference - self.worth_) - self.spread_)
+
+    def _step(self, net: NeuralNet) -> None:
+        rate = self._share_of_rate(net)
+        if self.worth_ is None:
+            return
+        low, high = self._bounds()
+        tolerance = self._value("tolerance")
+        excess = self.worth_ - tolerance
+        excess -= clip(excess, -self.noise_, self.noise_)
+        excess = excess / (self.noise_ + tolerance / 2 + _TINY) - _DRIFT
+        factor = math.exp(clip(excess, -1, 1) * self.step * rate)
+        write_k(net.module_, clip(factor * read_k(net.module_), low, high))
 
     def _share_of_rate(self, net: NeuralNet) -> float:
         """The learning rate, as a share of the highest so far."""
@@ -313,137 +409,36 @@ class DynamicK(Callback):
         self.highest_rate_ = max(self.highest_rate_, rate)
         return rate / self.highest_rate_ if self.highest_rate_ > 0 else 1.0
 
+    # ---- parameters ----
 
-def next_k(
-    k: float,
-    loss: float,
-    ema: float,
-    *,
-    k_min: float,
-    k_max: float,
-    shrink: float,
-    grow: float,
-    ema_decay: float,
-    momentum: float,
-) -> tuple[float, float]:
-    """One step of eq. 21-23, all counts in pixels.
+    def _value(self, name: str) -> Any:
+        """A parameter, or what stands for its None."""
+        value = getattr(self, name)
+        if value is not None:
+            return value
+        fixed = {"k_min": K_MIN, "k_max": K_MAX, "tolerance": TOLERANCE}
+        return getattr(self, "defaults_", fixed).get(name)
 
-    Parameters
-    ----------
-    k : float
-        Pixels now.
-    loss : float
-        L, finite.
-    ema : float
-        L_ema before this loss.
-    k_min, k_max, shrink, grow, ema_decay, momentum : float
-        As in `DynamicK`.
+    def _check_parameters(self) -> None:
+        for name in ("k_min", "k_max"):
+            check_count(name, self._value(name), least=1)
+        tolerance = self._value("tolerance")
+        if not (is_real(tolerance) and tolerance >= 0):
+            raise ValueError(f"tolerance={tolerance!r} in DynamicK: a number >= 0.")
+        if not (is_real(self.step) and self.step > 0):
+            raise ValueError(f"step={self.step!r} in DynamicK: a number > 0.")
+        if not (is_int(self.n_checks) and self.n_checks >= 1):
+            raise ValueError(f"n_checks={self.n_checks!r} in DynamicK: an int >= 1.")
+        self._check_n_pixels()
 
-    Returns
-    -------
-    k : float
-        Pixels from now on, in [k_min, k_max].
-    ema : float
-        L_ema with this loss.
-    """
-    # beta ema + (1 - beta) loss in a form that is exact for loss == ema: otherwise rounding alone
-    # could make a constant loss look like a falling one.
-    change = (1 - ema_decay) * (loss - ema)
-    target = max(k - shrink, k_min) if change < 0 else min(k + grow, k_max)
-    # Clipped because the sum may round past a bound, and a restored k may lie outside.
-    return _clip(momentum * k + (1 - momentum) * target, k_min, k_max), ema + change
+    def _check_n_pixels(self) -> None:
+        if self.n_pixels is not None and not (is_int(self.n_pixels) and self.n_pixels >= 1):
+            raise ValueError(f"n_pixels={self.n_pixels!r} in DynamicK: an int >= 1, or None.")
 
+    def _bounds(self) -> tuple[float, float]:
+        assert self.bounds_ is not None  # a training batch has begun
+        return self.bounds_
 
-def resolve_bounds(k_min: float, k_max: float, n_pixels: int) -> tuple[float, float]:
-    """Bounds of k in pixels, for images of N pixels.
-
-    Parameters
-    ----------
-    k_min, k_max : int or float
-        An int is a number of pixels, a float in (0, 1] a share of N.
-    n_pixels : int
-        N, >= 1.
-
-    Returns
-    -------
-    k_min, k_max : float
-        1 <= k_min <= k_max <= N.
-
-    Raises
-    ------
-    ValueError
-        If k_min lies above k_max, unless k_min is the default: then it gives way.
-    """
-    low, high = (_clip(to_pixels(bound, n_pixels), 1, n_pixels) for bound in (k_min, k_max))
-    if low <= high:
-        return low, high
-    # k_max was given: its default is N, and nothing lies above.
-    if k_min != K_MIN:
-        raise ValueError(
-            f"k_min={k_min!r} is above k_max={k_max!r}: {low:g} and {high:g} of the {n_pixels} "
-            "pixels of an image. Lower k_min or raise k_max."
-        )
-    return high, high
-
-
-def to_pixels(count: float, n_pixels: int) -> float:
-    """Turn a count into pixels: an int is one already, a float is a share of N.
-
-    Parameters
-    ----------
-    count : int or float
-        Number of pixels, or a share in (0, 1].
-    n_pixels : int
-        N.
-
-    Returns
-    -------
-    float
-        Pixels, neither rounded nor clipped.
-    """
-    return float(min(count, 2**53)) if _is_int(count) else float(count) * n_pixels
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_share(value: Any) -> bool:
-    is_real = isinstance(value, Real) and not isinstance(value, Integral)
-    return is_real and 0 < float(value) <= 1
-
-
-def _clip(value: float, low: float, high: float) -> float:
-    return min(max(value, low), high)
-
-
-def _n_pixels(batch: Any) -> int:
-    """H * W of the images in a skorch batch (X, y), X being images or a dict or tuple of them."""
-    images = batch
-    while not hasattr(images, "shape"):
-        images = next(iter(images.values())) if isinstance(images, Mapping) else images[0]
-    if len(images.shape) < 3:
-        raise ValueError(
-            f"n_pixels=None in DynamicK, but a training batch of shape {tuple(images.shape)} has "
-            "no axes (B, ..., H, W) to read it from: give n_pixels as an int."
-        )
-    return int(images.shape[-2] * images.shape[-1])
-
-
-def _read_k(module: nn.Module) -> float:
-    if not hasattr(module, "k"):
-        raise AttributeError(
-            f"DynamicK moves the `k` of the module, and {type(module).__name__} has none: register "
-            "a buffer `k` of one element, or set a number `self.k`, in its __init__."
-        )
-    k: Any = module.k
-    return float(k.item() if isinstance(k, Tensor) else k)
-
-
-def _write_k(module: nn.Module, k: float) -> None:
-    if not isinstance(module.k, Tensor):
-        module.k = k  # type: ignore[assignment]
-        return
-    with torch.no_grad():
-        # Rounded as it will be used: fill_ would cut the fraction off, and k could only fall.
-        module.k.fill_(k if module.k.is_floating_point() else math.floor(k + 0.5))
+    def _start(self, net: NeuralNet, n_pixels: int) -> None:
+        self.bounds_ = resolve_bounds(self._value("k_min"), self._value("k_max"), n_pixels)
+        write_k(net.module_, clip(read_k(net.module_), *self.bounds_))

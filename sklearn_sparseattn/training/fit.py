@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils._pytree import tree_map
 
 from ..network import SparseAttnNet
-from ..network.compiled import keep_threads
 from .batches import Augmentation, Batches, LabelledImages, count_batches
 from .checkpoint import Checkpoint, LastEpoch
 from .dynamic_k import DynamicK
@@ -23,26 +22,34 @@ from .net import LOSS_TERMS, LearningRate, ProgressBar, SparseAttnLoss, SparseAt
 
 # Columns of the history, and what skorch calls them.
 _COLUMNS = {
-    **{name: name for name in ("epoch", "train_loss", *LOSS_TERMS, "k", "lr")},
+    **{name: name for name in ("epoch", "train_loss", *LOSS_TERMS, "k", "loss_at_half_k", "loss_at_k", "lr")},
     "duration": "dur",
     **{name: name for name in ("valid_loss", "valid_score")},
 }
 
 
+# By so much, in the logarithm, weights without gradient shrink at the highest learning rate throughout a fit.
+_SHRINKAGE = 3.0
+_FEWEST_STEPS = 300  # of fewer, each would undo what it learns
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
-    """The parameters of a fit that concern training, named as in `SparseAttnClassifier`."""
+    """The parameters of a fit that concern training, named as in `SparseAttnClassifier`.
+
+    `n_passes` is the `max_epochs` of the estimator, also in `partial_fit`, which makes one pass.
+    """
 
     max_epochs: int
+    n_passes: int
     batch_size: int
     lr: float
-    weight_decay: float
+    weight_decay: float | None
     lr_schedule: str | None
     focal_gamma: float
     contrastive_weight: float
     temperature: float
     distillation_weight: float
-    distillation_emphasis: float | None
     consistency_weight: float
     early_stopping: bool
     patience: int
@@ -65,8 +72,27 @@ class TrainingSettings:
         TrainingSettings
             The settings.
         """
+        params = {**params, "n_passes": params["max_epochs"]}
         picked = {field.name: params[field.name] for field in fields(cls)} | changes
         return cls(**{name: _plain(value) for name, value in picked.items()})
+
+    def weight_decay_for(self, n_rows: int) -> float:
+        """Give the weight decay of a fit.
+
+        Parameters
+        ----------
+        n_rows : int
+            Training rows.
+
+        Returns
+        -------
+        float
+            As given, or by the steps of the fit.
+        """
+        if self.weight_decay is not None:
+            return self.weight_decay
+        n_steps = self.n_passes * count_batches(n_rows, self.batch_size)
+        return _SHRINKAGE / (self.lr * max(n_steps, _FEWEST_STEPS))
 
 
 @dataclass(frozen=True)
@@ -96,7 +122,7 @@ def train(
     validation: LabelledImages | None,
     settings: TrainingSettings,
     *,
-    dynamic_k: DynamicK,
+    k_defaults: Mapping[str, Any],
     class_weight: np.ndarray,
     augment: Augmentation | None,
     rng: np.random.Generator,
@@ -116,8 +142,9 @@ def train(
         Watched by the schedule and by early stopping, if there are any.
     settings : TrainingSettings
         The rest.
-    dynamic_k : DynamicK
-        Moves ``network.k``, unless there is another DynamicK among the user's callbacks.
+    k_defaults : mapping
+        ``k_min``, ``k_max``, ``tolerance`` and ``n_pixels`` for the DynamicK that moves ``network.k``: that
+        of the user's callbacks, or a new one.
     class_weight : ndarray of shape (n_classes,)
         alpha by class.
     augment : callable or None
@@ -149,7 +176,8 @@ def train(
         If the checkpoint cannot be written.
     """
     given = _given_callbacks(settings.callbacks)
-    dynamic_k = next((callback for _, callback in given if isinstance(callback, DynamicK)), dynamic_k)
+    dynamic_k = given_rule(settings.callbacks) or DynamicK()
+    dynamic_k.use(**k_defaults, rng=rng)
     callbacks = _callbacks(settings, dynamic_k, validation is not None, len(training))
     callbacks += [(name, callback) for name, callback in given if callback is not dynamic_k]
     stopping = EarlyStopping(patience=settings.patience, threshold=0, load_best=True, sink=lambda text: None)
@@ -158,11 +186,12 @@ def train(
     last = LastEpoch(rng, checkpoint)
     callbacks.append(("last_epoch", last))
     loss = _loss(settings, class_weight)
+    weight_decay = settings.weight_decay_for(len(training))
     trainer = SparseAttnTrainer(
         network,
         criterion=loss,
         optimizer=AdamW,
-        optimizer__weight_decay=settings.weight_decay,
+        optimizer__weight_decay=weight_decay,
         # One kernel for all weights: with small networks most of a step is the optimiser's overhead.
         optimizer__fused=device.type in ("cpu", "cuda"),
         lr=settings.lr,
@@ -182,9 +211,9 @@ def train(
     if state is not None:
         _restore(trainer.optimizer_, state.optimizer)
         # They come back as they were; set_params may have changed them since.
-        trainer.optimizer_.param_groups[0].update(lr=settings.lr, weight_decay=settings.weight_decay)
+        trainer.optimizer_.param_groups[0].update(lr=settings.lr, weight_decay=weight_decay)
         dynamic_k.load_state_dict(state.dynamic_k)
-    with keep_threads(), keeping_up(network):
+    with keeping_up(network):
         trainer.partial_fit(training, epochs=settings.max_epochs - last.n_epochs_)
 
     finished = [row for row in trainer.history if "lr" in row]  # the last thing written of an epoch
@@ -240,7 +269,6 @@ def _loss(settings: TrainingSettings, class_weight: np.ndarray) -> SparseAttnLos
         settings.contrastive_weight,
         settings.temperature,
         settings.distillation_weight,
-        settings.distillation_emphasis,
         settings.consistency_weight,
     )
 
@@ -281,6 +309,22 @@ def _given_callbacks(callbacks: Sequence[Any] | None) -> list[tuple[str, Callbac
             )
         named.append((name, callback))
     return named
+
+
+def given_rule(callbacks: Sequence[Any] | None) -> DynamicK | None:
+    """Find the rule of k among the user's callbacks.
+
+    Parameters
+    ----------
+    callbacks : sequence or None
+        As given to the estimator.
+
+    Returns
+    -------
+    DynamicK or None
+        The first one.
+    """
+    return next((c for _, c in _given_callbacks(callbacks) if isinstance(c, DynamicK)), None)
 
 
 def _interrupted(n_epochs: int, max_epochs: int, best: int, checkpoint: Checkpoint | None) -> None:

@@ -74,7 +74,9 @@ def focal_loss(
     return torch.dot(sample_weight, loss) / torch.where(total > 0, total, 1.0)
 
 
-def contrastive_loss(features: Tensor, target: Tensor, *, temperature: float = 0.07) -> Tensor:
+def contrastive_loss(
+    features: Tensor, target: Tensor, *, temperature: float = 0.07, sample_weight: Tensor | None = None
+) -> Tensor:
     r"""Supervised contrastive loss: features of one class together, the rest apart, eq. 17 of [1]_.
 
     Parameters
@@ -85,6 +87,8 @@ def contrastive_loss(features: Tensor, target: Tensor, *, temperature: float = 0
         Class of each row.
     temperature : float, default=0.07
         tau, > 0.
+    sample_weight : Tensor of shape (B,), default=None
+        w, >= 0, of the dtype and on the device of `features`. None is 1 for every row.
 
     Returns
     -------
@@ -97,7 +101,7 @@ def contrastive_loss(features: Tensor, target: Tensor, *, temperature: float = 0
     and I the rows for which P(i) is not empty,
 
     .. math::
-       \frac{1}{|I|} \sum_{i \in I} \frac{-1}{|P(i)|} \sum_{p \in P(i)}
+       \frac{1}{|I|} \sum_{i \in I} \frac{-w_i}{|P(i)|} \sum_{p \in P(i)}
        \log \frac{\exp(z_i \cdot z_p / \tau)}{\sum_{a \ne i} \exp(z_i \cdot z_a / \tau)} .
 
     [1]_ prints the denominator with a = i in it; [2]_, which it cites, leaves it out, as here.
@@ -128,11 +132,17 @@ def contrastive_loss(features: Tensor, target: Tensor, *, temperature: float = 0
     n_positives = positive.sum(1, keepdim=True)
     n_anchors = (n_positives > 0).sum()
     weight = positive.to(features.dtype) / (n_positives * n_anchors).clamp(min=1)
+    if sample_weight is not None:
+        weight = weight * sample_weight[:, None]
     return -(weight * log_share).sum()
 
 
 def distillation_loss(
-    coarse_scores: Tensor, fine_attention: Tensor, *, emphasis: float | None = 2.0
+    coarse_scores: Tensor,
+    fine_attention: Tensor,
+    *,
+    emphasis: float | None = 2.0,
+    sample_weight: Tensor | None = None,
 ) -> Tensor:
     r"""Teach the coarse attention what the fine attention found, eq. 18-19 of [1]_.
 
@@ -144,6 +154,8 @@ def distillation_loss(
         Fine attention of the same pixels, non-negative. It is the teacher and gets no gradient.
     emphasis : float or None, default=2.0
         Contrast of the two distributions, > 0; None is the loss as printed.
+    sample_weight : Tensor of shape (B,), default=None
+        w, >= 0, of the dtype and on the device of the scores. None is 1 for every row.
 
     Returns
     -------
@@ -154,7 +166,7 @@ def distillation_loss(
     -----
     KL(P_coarse || P_fine) over the k pixels, as a mean over the batch,
 
-    .. math:: \frac{1}{B} \sum_b \sum_j P^c_{bj} (\log P^c_{bj} - \log P^f_{bj}) .
+    .. math:: \frac{1}{B} \sum_b w_b \sum_j P^c_{bj} (\log P^c_{bj} - \log P^f_{bj}) .
 
     As printed, P^c = softmax(sigmoid(scores)) and P^f = softmax(attention): softmax over values in
     (0, 1), almost uniform on both sides. With an emphasis m both sides s, the raw scores and the
@@ -181,16 +193,22 @@ def distillation_loss(
         coarse = emphasis * _standardize(coarse_scores)
         fine = emphasis * _standardize(fine)
     # kl_div(input, target) is KL(target || input).
-    return F.kl_div(fine.log_softmax(1), coarse.log_softmax(1), reduction="batchmean", log_target=True)
+    logs = fine.log_softmax(1), coarse.log_softmax(1)
+    if sample_weight is None:
+        return F.kl_div(*logs, reduction="batchmean", log_target=True)
+    return (F.kl_div(*logs, reduction="none", log_target=True).sum(1) * sample_weight).mean()
 
 
-def consistency_loss(logits: Tensor) -> Tensor:
+def consistency_loss(logits: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
     r"""Let two views of an image have one answer, as in [1]_.
 
     Parameters
     ----------
     logits : Tensor of shape (2 * B, n_classes), float32 or float64
         Class scores before the softmax, finite: of B images, then of other views of the same, in this order.
+    sample_weight : Tensor of shape (2 * B,), default=None
+        w, >= 0, of the dtype and on the device of `logits`; the two views of an image have one weight. None
+        is 1 for every image.
 
     Returns
     -------
@@ -208,10 +226,10 @@ def consistency_loss(logits: Tensor) -> Tensor:
     images of both directions of the Kullback-Leibler divergence,
 
     .. math::
-       \frac{1}{B} \sum_i \tfrac{1}{2} \big[ KL(p_i || q_i) + KL(q_i || p_i) \big]
-       = \frac{1}{2 B} \sum_i \sum_c (p_{ic} - q_{ic}) (\log p_{ic} - \log q_{ic}) .
+       \frac{1}{B} \sum_i \tfrac{w_i}{2} \big[ KL(p_i || q_i) + KL(q_i || p_i) \big]
+       = \frac{1}{2 B} \sum_i w_i \sum_c (p_{ic} - q_{ic}) (\log p_{ic} - \log q_{ic}) .
 
-    All images weigh the same. The paper of SparseAttnNet has no such term. In [1]_ the two views are two
+    The paper of SparseAttnNet has no such term. In [1]_ the two views are two
     draws of dropout.
 
     References
@@ -228,7 +246,10 @@ def consistency_loss(logits: Tensor) -> Tensor:
     if len(logits) == 0 or len(logits) % 2:
         raise ValueError(f"{len(logits)} rows of logits are not two views of some images.")
     one, other = logits.log_softmax(1).chunk(2)
-    return ((one.exp() - other.exp()) * (one - other)).sum(1).mean() / 2
+    of_each = ((one.exp() - other.exp()) * (one - other)).sum(1)
+    if sample_weight is not None:
+        of_each = of_each * sample_weight[: len(of_each)]
+    return of_each.mean() / 2
 
 
 def _standardize(values: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import skorch
@@ -11,13 +11,14 @@ import torch
 from skorch.callbacks import Callback
 from torch import Tensor, nn
 
-from ..network import SparseAttnOutput
-from ..network.compiled import pytorch_alone
+from ..network import SparseAttnNet, SparseAttnOutput
 from .losses import consistency_loss, contrastive_loss, distillation_loss, focal_loss
 
 LOSS_TERMS = ("focal_loss", "contrastive_loss", "distillation_loss", "consistency_loss")
 
 _MOMENTUM = 0.5  # of running statistics in training; after it they are computed anew
+# Statistics are those of several k, so that a fitted network serves any of them.
+_OCTAVES = (0.0, -1.0, 1.0, -0.5, 0.5)
 _ROUNDING = 1e-5  # of float32 sums, with a margin
 
 
@@ -34,8 +35,6 @@ class SparseAttnLoss(nn.Module):
         Weight and temperature of the contrastive loss.
     distillation_weight : float
         Weight of the distillation loss.
-    distillation_emphasis : float or None
-        See `distillation_loss`.
     consistency_weight : float, default=0.0
         Weight of the consistency loss. Above 0, a batch in training is B images and then other views of them.
 
@@ -53,7 +52,6 @@ class SparseAttnLoss(nn.Module):
         contrastive_weight: float,
         temperature: float,
         distillation_weight: float,
-        distillation_emphasis: float | None,
         consistency_weight: float = 0.0,
     ) -> None:
         super().__init__()
@@ -62,7 +60,6 @@ class SparseAttnLoss(nn.Module):
         self.contrastive_weight = contrastive_weight
         self.temperature = temperature
         self.distillation_weight = distillation_weight
-        self.distillation_emphasis = distillation_emphasis
         self.consistency_weight = consistency_weight
 
     @property
@@ -102,16 +99,14 @@ class SparseAttnLoss(nn.Module):
         # A term without weight is still written down, but costs no backward pass.
         features = output.features if self.contrastive_weight else output.features.detach()
         scores = output.scores if self.distillation_weight else output.scores.detach()
-        contrastive = contrastive_loss(features, target, temperature=self.temperature)
+        contrastive = contrastive_loss(features, target, temperature=self.temperature, sample_weight=weight)
         distillation = distillation_loss(
-            scores.flatten(1).gather(1, output.pixels),
-            output.attention,
-            emphasis=self.distillation_emphasis,
+            scores.flatten(1).gather(1, output.tiles), output.attention, sample_weight=weight
         )
         total = focal + self.contrastive_weight * contrastive + self.distillation_weight * distillation
         consistency = torch.zeros_like(focal)
         if self.consistency_weight:
-            consistency = consistency_loss(output.logits)
+            consistency = consistency_loss(output.logits, sample_weight=weight)
             total = total + self.consistency_weight * consistency
         terms = dict(zip(LOSS_TERMS, (focal, contrastive, distillation, consistency), strict=True))
         return {**terms, "total": total}
@@ -119,11 +114,6 @@ class SparseAttnLoss(nn.Module):
 
 class SparseAttnTrainer(skorch.NeuralNet):
     """A skorch net whose batches are ``(images, (target, weight))``."""
-
-    def train_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
-        """Train on a batch; PyTorch has one thread if compiled code does what takes long."""
-        with pytorch_alone() if self.module_.is_compiled(batch[0]) else nullcontext():
-            return super().train_step(batch, **fit_params)
 
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Train on a batch; one of a single row uses the running statistics of batch norm."""
@@ -145,6 +135,9 @@ class SparseAttnTrainer(skorch.NeuralNet):
         """Validate on a batch."""
         try:
             step = super().validation_step(batch, **fit_params)
+            target, weight = (part.to(step["y_pred"].logits.device) for part in batch[1])
+            correct = (step["y_pred"].logits.argmax(1) == target).float()
+            self.history.record_batch("valid_score", ((correct * weight).sum() / weight.sum()).item())
             if not math.isfinite(step["loss"].item()):
                 raise FloatingPointError("the loss is not finite")
         except FloatingPointError as error:
@@ -152,16 +145,13 @@ class SparseAttnTrainer(skorch.NeuralNet):
         return step
 
     def get_loss(self, y_pred: Any, y_true: Any, X: Any = None, training: bool = False) -> Tensor:
-        """Total loss in training, focal loss in validation: the other terms depend on the batch."""
+        """Total loss in training, focal loss otherwise: the other terms depend on the batch."""
         target, weight = (part.to(y_pred.logits.device, non_blocking=True) for part in y_true)
         if training:
             terms = self.criterion_(y_pred, target, weight)
             for name in LOSS_TERMS:
                 self.history.record_batch(name, terms[name].item())
             return terms["total"]
-        correct = (y_pred.logits.argmax(1) == target).float()
-        accuracy = (correct * weight).sum() / weight.sum()
-        self.history.record_batch("valid_score", accuracy.item())
         return self.criterion_.focal(y_pred, target, weight)
 
 
@@ -268,10 +258,11 @@ def keeping_up(network: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def recompute_batch_norm(network: nn.Module, batches: Any, device: torch.device) -> None:
+def recompute_batch_norm(network: SparseAttnNet, batches: Any, device: torch.device) -> None:
     """Replace the running statistics of batch norm by those over `batches`, at the weights as they are.
 
-    During training they trail behind the weights, and mix the values of k it went through.
+    During training they trail behind the weights, and mix the values of k it went through. Here k goes from
+    half to twice the network's own, from batch to batch, so that predictions with any such k are good.
 
     Parameters
     ----------
@@ -284,6 +275,9 @@ def recompute_batch_norm(network: nn.Module, batches: Any, device: torch.device)
     """
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
+    own_k: Any = network.k
+    k = own_k.item()
+    octaves = _OCTAVES if network.form["variant"] == "tiles" else (0.0,)  # the paper's trains with one k
     network.eval()
     for norm in norms:
         norm.train()
@@ -292,11 +286,13 @@ def recompute_batch_norm(network: nn.Module, batches: Any, device: torch.device)
         for i, images in enumerate(usable):
             for norm in norms:
                 norm.momentum = 1 / (i + 1)  # the first batch replaces, the rest average
+            own_k.fill_(k * 2.0 ** octaves[i % len(octaves)])
             network(images.to(device))
         all_constant = False
         for norm in norms:
             all_constant = _soften_constants(norm, all_constant)
     finally:
+        own_k.fill_(k)
         network.eval()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

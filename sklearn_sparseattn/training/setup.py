@@ -3,22 +3,20 @@
 Each function reads the estimator's parameters by name and leaves everything else alone.
 """
 
-import math
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from sklearn.utils import check_random_state
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
-from torch import Tensor, nn
 
 from ..images import ImageRows, ImageShape, PixelScale, chunk_slices
 from ..network import SparseAttnNet, strides_for
+from ..parameters import capped, to_pixels
 from .batches import LabelledImages
-from .dynamic_k import DynamicK, to_pixels
 
 _MOST = float(np.finfo(np.float32).max)
 _ENOUGH = 1000  # images to find the background in
@@ -85,11 +83,10 @@ def new_network(
             network = SparseAttnNet(
                 channels,
                 n_classes,
-                to_pixels(params["k_init"], height * width),
+                1,
                 strides=strides_for(height, width),
                 variant=params["variant"],
-                kernel_size=int(params["kernel_size"]),
-                depth=int(params["depth"]),
+                size=params["size"],
                 **sizes,
             )
         network.to_empty(device="cpu").float()
@@ -97,11 +94,10 @@ def new_network(
         named = ", ".join(f"{name}={value}" for name, value in sizes.items())
         raise ValueError(f"{named}: no network of this size can be made here.") from error
     network.reset_parameters(generator)
-    if network.context is not None:  # the paper's form has no gates
-        score_bias = cast(Tensor, network.coarse.score.bias)
-        nn.init.constant_(score_bias, math.log(params["gate_init"] / (1 - params["gate_init"])))
+    k_init = capped(params["k_init"], height * width)
+    network.k.fill_(to_pixels(k_init, network.area_of(height, width)))
     network.coarse.background.fill_(0.0 if training is None else background_level(training))
-    # In which the maps come as the sparse branch wants them, and a fifth of the time is saved.
+    # The maps then come as the tiles are gathered from them.
     network.coarse.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
@@ -134,31 +130,30 @@ def background_level(training: LabelledImages) -> float:
     return float(np.concatenate(levels).mean())
 
 
-def make_dynamic_k(params: Mapping[str, Any], n_pixels: int) -> DynamicK:
-    """Make the controller of k.
+def k_defaults(params: Mapping[str, Any], network: SparseAttnNet, image_shape: ImageShape) -> dict[str, Any]:
+    """Pick what `DynamicK.use` wants out of an estimator's parameters.
 
     Parameters
     ----------
     params : mapping
         Parameters of the estimator.
-    n_pixels : int
-        H * W.
+    network : SparseAttnNet
+        To be trained.
+    image_shape : tuple of (H, W, C)
+        Of the images.
 
     Returns
     -------
-    DynamicK
-        The callback.
+    dict
+        ``k_min``, ``k_max``, ``tolerance``, ``n_pixels``.
     """
-    return DynamicK(
-        k_min=params["k_min"],
-        k_max=params["k_max"],
-        shrink=params["k_shrink"],
-        grow=params["k_grow"],
-        ema_decay=params["ema_decay"],
-        momentum=params["k_momentum"],
-        update=params["k_update"],
-        n_pixels=n_pixels,
-    )
+    height, width, _ = image_shape
+    return {
+        "k_min": capped(params["k_min"], height * width),
+        "k_max": capped(params["k_max"], height * width),
+        "tolerance": params["k_tolerance"],
+        "n_pixels": network.area_of(height, width),
+    }
 
 
 def label_images(

@@ -3,6 +3,14 @@
 import copy
 import ctypes
 import importlib
+import math
+import mmap
+import shutil
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,18 +20,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sklearn_sparseattn.images import ImageRows, PixelScale
-from sklearn_sparseattn.inference import Engine, evaluate, run
-from sklearn_sparseattn.network import SparseAttnNet, strides_for
+from sklearn_sparseattn.inference import Engine, evaluate, library, run
+from sklearn_sparseattn.inference.engine import PARTS, is_plain
+from sklearn_sparseattn.network import SparseAttnNet, select_pixels, strides_for
 
-BYTES = PixelScale((0.0, 255.0))
-MODULE = importlib.import_module("sklearn_sparseattn.inference.engine")
+BYTES, UNIT = PixelScale((0.0, 255.0)), PixelScale((0.0, 1.0))
+FORMS = importlib.import_module("sklearn_sparseattn.network.sparse_attn_net").SIZES
 
 
-def make_network(image_shape, k, *, seed=0, n_classes=3, **options):
+def make_network(image_shape, k=1.0, *, seed=0, n_classes=3, strides=None, **options):
     """As a fit leaves it: float32, in evaluation mode, its statistics moved by data."""
     height, width, channels = image_shape
     generator = torch.Generator().manual_seed(seed)
-    network = SparseAttnNet(channels, n_classes, k, strides=strides_for(height, width), **options)
+    network = SparseAttnNet(channels, n_classes, k, strides=strides or strides_for(height, width), **options)
     network.reset_parameters(generator)
     network.coarse.background.fill_(0.37)
     for module in network.modules():
@@ -52,40 +61,39 @@ def make_images(kind, n, image_shape, seed=0):
     return images
 
 
-def reference(network, images, pixels, scale=BYTES):
-    """The PyTorch forward in float64, with these pixels instead of its own choice."""
+def reference(network, images, tiles, scale=BYTES):
+    """The PyTorch forward in float64, with these tiles instead of its own choice."""
     exact = copy.deepcopy(network).double()
-    exact.choose = lambda images, scores: torch.from_numpy(pixels.astype(np.int64))
+    exact.choose = lambda images, scores: torch.from_numpy(tiles.astype(np.int64))
     with torch.inference_mode():
         return exact(torch.from_numpy(scale(images)).double())
 
 
-def highest(ranks, k):
-    """Of float32 ranks the k highest, a tie to the lower index; ascending."""
-    order = np.argsort(-ranks.astype(np.float64), axis=1, kind="stable")
-    return np.sort(order[:, :k], axis=1)
+def probabilities(logits):
+    return torch.softmax(torch.as_tensor(logits).double(), 1).numpy()
 
 
-def assert_as_reference(network, images, found):
-    scores = torch.from_numpy(found["scores"]).view(images.shape[:3])
-    ranks = network.ranks(scores).flatten(1).numpy()
-    np.testing.assert_array_equal(found["pixels"], highest(ranks, found["pixels"].shape[1]))
-    expected = reference(network, images, found["pixels"])
-    # Where all keys of a column are 0 but for rounding, that is divided by little more than k * epsilon.
-    tolerances = {"scores": 1e-6, "attention": 1e-3, "contribution": 1e-3, "features": 1e-4}
+def assert_as_reference(network, images, found, scale=BYTES):
+    n = found["tiles"].shape[1]
+    best = select_pixels(torch.from_numpy(found["scores"]), n).numpy()
+    np.testing.assert_array_equal(found["tiles"], best)
+    expected = reference(network, images, found["tiles"], scale)
+    # Where all keys of a column are 0 but for rounding, that is divided by little more than n * epsilon.
+    tolerances = {"scores": 1e-5, "attention": 1e-3, "contribution": 1e-3, "features": 1e-4}
     for name, tolerance in tolerances.items():
         other = getattr(expected, name).numpy().reshape(found[name].shape)
         # Relative to the largest of an image: weights are drawn, and their sums may be large.
         size = np.maximum(1, np.abs(other).max(axis=1, keepdims=True))
         np.testing.assert_allclose(found[name] / size, other / size, rtol=0, atol=tolerance, err_msg=name)
-    probabilities = torch.softmax(torch.from_numpy(found["logits"]).double(), 1)
-    np.testing.assert_allclose(probabilities, torch.softmax(expected.logits, 1), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        probabilities(found["logits"]), probabilities(expected.logits), rtol=0, atol=1e-5
+    )
     assert not found["failed"].any()
 
 
 def test_the_engine_is_there():
     """CI has a compiler: were it not built, everything below would be about nothing."""
-    assert Engine.of(make_network((8, 8, 1), 5), (8, 8, 1), BYTES) is not None
+    assert Engine.of(make_network((8, 8, 1)), (8, 8, 1), BYTES) is not None
 
 
 @given(
@@ -95,21 +103,19 @@ def test_the_engine_is_there():
     share=st.floats(0, 1),
     kind=st.sampled_from(["zeros", "constant", "few values", "noise", "areas"]),
     seed=st.integers(0, 5),
-    variant=st.sampled_from(["context", "paper"]),
+    size=st.sampled_from(sorted(FORMS)),
+    strides=st.sampled_from([None, (1, 1, 1), (1, 2, 2), (2, 1, 1), (2, 2, 2)]),
 )
-@example(height=135, width=135, n_channels=1, share=0.118, kind="noise", seed=0, variant="context")
-@example(height=135, width=135, n_channels=1, share=1, kind="areas", seed=1, variant="paper")
-@example(height=1, width=300, n_channels=2, share=0.5, kind="noise", seed=0, variant="context")
-@example(height=17, width=4200, n_channels=1, share=0.1, kind="noise", seed=0, variant="context")  # in bands
-@example(height=17, width=4200, n_channels=1, share=0.1, kind="noise", seed=1, variant="context")
-@example(height=64, width=65, n_channels=3, share=0, kind="zeros", seed=0, variant="context")
+@example(135, 135, 1, 0.082, "noise", 0, "default", None)
+@example(135, 135, 1, 1, "areas", 1, "large", None)
+@example(1, 300, 2, 0.5, "noise", 0, "default", None)
+@example(64, 65, 3, 0, "zeros", 0, "default", None)
 @settings(max_examples=60, deadline=None)
-def test_it_is_the_network(height, width, n_channels, share, kind, seed, variant):
+def test_it_is_the_network(height, width, n_channels, share, kind, seed, size, strides):
     shape = height, width, n_channels
-    options = {"variant": variant, "kernel_size": 3 + 2 * (seed % 3), "depth": 2 + seed % 2}
-    network = make_network(shape, 1 + share * (height * width - 1), seed=seed, **options)
-    images = make_images(kind, 3, shape, seed)
-    assert_as_reference(network, images, Engine.of(network, shape, BYTES).run(images, maps=True))
+    network = make_network(shape, seed=seed, size=size, strides=strides)
+    images, k = make_images(kind, 3, shape, seed), 1 + share * (height * width - 1)
+    assert_as_reference(network, images, Engine.of(network, shape, BYTES).run(images, k=k, maps=True))
 
 
 @pytest.mark.parametrize(
@@ -118,29 +124,59 @@ def test_it_is_the_network(height, width, n_channels, share, kind, seed, variant
         {"embed_dim": 8, "n_heads": 1},
         {"embed_dim": 13, "n_heads": 3},
         {"embed_dim": 64, "n_heads": 4},
-        {"embed_dim": 32, "n_heads": 32, "variant": "paper"},
+        {"embed_dim": 48, "n_heads": 48},
         {"embed_dim": 1, "n_heads": 1},
         {"hidden_dim": 5},
         {"hidden_dim": 512, "n_classes": 40},
-        {"normalize_fine": False},
-        {"spread": 0.0},
-        {"spread": 0.1, "margin": 0.0, "embed_dim": 40},
-        {"spread": 0.0, "margin": 0.0, "separable": False},
-        {"separable": False, "embed_dim": 13, "n_heads": 3},
-        {"kernel_size": 5},
-        {"kernel_size": 7},
-        {"kernel_size": 7, "variant": "paper"},
-        {"depth": 3},
-        {"depth": 3, "variant": "paper"},
-        {"depth": 3, "separable": False, "embed_dim": 13, "n_heads": 3},
     ],
     ids=str,
 )
-@pytest.mark.parametrize("shape", [(21, 34, 2), (2, 3, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(41, 34, 2), (2, 3, 1)], ids=str)
 def test_widths_of_all_kinds(options, shape):
-    network = make_network(shape, 77, **options)
+    network = make_network(shape, 300, **options)
     images = make_images("noise", 4, shape)
     assert_as_reference(network, images, Engine.of(network, shape, BYTES).run(images, maps=True))
+
+
+@pytest.mark.parametrize("n_layers", range(5))
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
+@pytest.mark.parametrize("channels", [(8, 16), (16, 32), (5, 9), (24, 48)], ids=str)
+def test_forms_of_all_kinds(n_layers, kernel_size, channels, monkeypatch):
+    form = {"channels": channels, "kernel_size": kernel_size, "n_layers": n_layers}
+    monkeypatch.setitem(FORMS, "default", form)
+    shape = (37, 45, 1 + n_layers % 3)
+    network = make_network(shape, 400)
+    images = make_images("noise", 2, shape)
+    assert_as_reference(network, images, Engine.of(network, shape, BYTES).run(images, maps=True))
+
+
+@pytest.fixture
+def fresh_library(monkeypatch, tmp_path):
+    """Let another file be loaded as the library."""
+
+    def use(file):
+        monkeypatch.setattr(library, "FILE", Path(file))
+        library.load.cache_clear()
+        library._HAS_WARNED.clear()
+
+    yield use
+    monkeypatch.undo()
+    library.load.cache_clear()
+    library._HAS_WARNED.clear()
+
+
+@pytest.mark.parametrize("n_lanes", [4, 8, 16])
+def test_every_vector_extension_gives_the_answer(n_lanes, monkeypatch, fresh_library, tmp_path):
+    monkeypatch.setenv("SPARSEATTN_MOST_LANES", str(n_lanes))
+    fresh_library(shutil.copy(library.FILE, tmp_path))
+    for shape, options in [
+        ((135, 135, 1), {}),
+        ((45, 60, 3), {"size": "large"}),
+        ((30, 31, 2), {"embed_dim": 13, "n_heads": 3}),
+    ]:
+        network = make_network(shape, 0.1 * math.prod(shape), **options)
+        images = make_images("noise", 2, shape)
+        assert_as_reference(network, images, Engine.of(network, shape, BYTES).run(images, maps=True))
 
 
 def run_all(engine, network, images, scale=BYTES, **options):
@@ -169,10 +205,47 @@ def test_the_same_bits_in_any_company_order_and_number_of_threads(image_shape):
         np.testing.assert_array_equal(alone[0][0], together[0][i])
 
 
-def test_containers_and_dtypes_give_the_same_bits():
-    shape = (12, 15, 1)
-    network = make_network(shape, 40)
+def test_any_k_in_any_order_gives_what_an_engine_of_its_own_would():
+    shape = (40, 44, 1)
+    network, images = make_network(shape, 123.4), make_images("noise", 3, shape)
     engine = Engine.of(network, shape, BYTES)
+    n_tiles = math.prod(network.grid_of(40, 44))
+    for k in (100, 1, 40 * 44, None, 16.4, 1e9, 100):
+        found = engine.run(images, k=k, maps=True)
+        assert found["tiles"].shape[1] == network.n_chosen(n_tiles, k)
+        other = make_network(shape, 123.4 if k is None else k)
+        for name, part in Engine.of(other, shape, BYTES).run(images, maps=True).items():
+            np.testing.assert_array_equal(found[name], part, err_msg=name)
+        assert_as_reference(network, images, found)
+
+
+def test_the_answer_does_not_depend_on_how_the_thread_rounds():
+    shape = (64, 64, 1)
+    network, images = make_network(shape, 300), make_images("areas", 3, shape)
+    with torch.no_grad():
+        network.coarse.score.bias.fill_(-95.0)  # gates below 1e-38
+    engine = Engine.of(network, shape, BYTES)
+    expected = engine.run(images)["logits"]
+
+    def run_with(flushing):
+        torch.set_flush_denormal(flushing)
+        try:
+            return engine.run(images)["logits"], torch.tensor([1e-39]) * 1
+        finally:
+            torch.set_flush_denormal(False)
+
+    for flushing in (False, True):
+        with ThreadPoolExecutor(1) as pool:
+            found, product = pool.submit(run_with, flushing).result()
+        np.testing.assert_array_equal(found, expected)
+        assert (product == 0) == flushing  # the thread's own way was set back
+
+
+@pytest.mark.parametrize("data_range", [(0.0, 255.0), (0.0, 1.0), (3.0, 250.7), (-1e-3, 0.7)])
+@pytest.mark.parametrize("shape", [(12, 15, 1), (40, 37, 1), (33, 64, 3)], ids=str)
+def test_containers_and_dtypes_give_the_same_bits(data_range, shape):
+    scale = PixelScale(data_range)
+    engine = Engine.of(make_network(shape, 40), shape, scale)
     X = make_images("noise", 5, shape)
     expected = engine.run(X, maps=True)
     for other in (X.astype(np.float64), X.astype(">u2"), np.asfortranarray(X), X[::-1][::-1]):
@@ -180,10 +253,27 @@ def test_containers_and_dtypes_give_the_same_bits():
             np.testing.assert_array_equal(part, expected[name], err_msg=name)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect")
+@pytest.mark.parametrize("shape", [(135, 135, 1), (9, 7, 1), (33, 31, 3)], ids=str)
+def test_nothing_beyond_the_images_is_read(shape):
+    """They end with the last page before one that must not be read, else the process ends here."""
+    n = math.prod(shape)
+    pages = -(-n // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    forbidden = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages)
+    image = np.frombuffer(memory, np.uint8, n, pages - n).reshape(1, *shape)
+    engine = Engine.of(make_network(shape, 40), shape, BYTES)
+    protect = ctypes.CDLL(None).mprotect
+    assert protect(forbidden, mmap.PAGESIZE, 0) == 0
+    try:
+        np.testing.assert_array_equal(engine.run(image)["logits"], engine.run(image.copy())["logits"])
+    finally:
+        protect(forbidden, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
 def test_without_maps_the_answer_is_the_same():
     shape = (30, 20, 3)
-    network = make_network(shape, 100)
-    engine = Engine.of(network, shape, BYTES)
+    engine = Engine.of(make_network(shape, 100), shape, BYTES)
     images = make_images("noise", 3, shape)
     short, full = engine.run(images), engine.run(images, maps=True)
     assert set(short) == {"failed", "logits", "features"}
@@ -199,98 +289,25 @@ def test_time_is_taken_if_asked_for():
     np.testing.assert_array_equal(engine.seconds, 0)
     engine.run(images, timed=True)
     assert (engine.seconds > 0).all()
-    assert len(engine.seconds) == len(MODULE.PARTS)
+    assert len(engine.seconds) == len(PARTS)
 
 
-# ---- numbers that are too large ----
+# ---- which tiles ----
 
 
-@pytest.mark.parametrize("maps", [False, True])
-def test_what_overflows_in_float32_is_answered_in_float64(maps):
-    shape = (16, 16, 1)
-    scale = PixelScale((0.0, 1.0))
-    network = make_network(shape, 50)
-    X = np.random.default_rng(0).uniform(size=(5, *shape))
-    X[2] *= 1e38  # finite in float32, its convolutions are not
-    images = ImageRows(X, shape)
-    engine = Engine.of(network, shape, scale)
-    assert engine.run(X)["failed"].tolist() == [False, False, True, False, False]
-    [(_, found)] = run(engine, network, images, scale, maps=maps)
-    [(_, exact)] = evaluate(network, images, scale)
-    assert torch.isfinite(found.logits).all()
-    torch.testing.assert_close(found.logits[2], exact.logits[2], rtol=1e-12, atol=0)
-    plain = engine.run(X)["logits"]
-    np.testing.assert_array_equal(found.logits[[0, 1, 3, 4]], plain[[0, 1, 3, 4]])
-    if maps:
-        assert torch.equal(found.pixels[2].long(), exact.pixels[2])
-        torch.testing.assert_close(found.scores[2], exact.scores[2], rtol=1e-12, atol=0)
-
-
-def test_what_is_left_of_an_image_that_overflowed_is_not_looked_at():
-    """It was not written, and may be a NaN that signals where it is converted."""
-    shape, scale = (16, 16, 1), PixelScale((0.0, 1.0))
-    network = make_network(shape, 50)
-    X = np.random.default_rng(0).uniform(size=(4, *shape))
-    X[1] *= 1e38
-    engine = Engine.of(network, shape, scale)
-    images, exact_run = ImageRows(X, shape), engine.run
-
-    def leave_signals(images, **options):
-        found = exact_run(images, **options)
-        for part in found.values():
-            if part.dtype == np.float32:
-                part[found["failed"]] = np.array(0x7FA00000, np.uint32).view(np.float32)
-        return found
-
-    engine.run = leave_signals
-    [(_, found)] = run(engine, network, images, scale, maps=True)
-    [(_, exact)] = evaluate(network, images, scale)
-    torch.testing.assert_close(found.logits[1], exact.logits[1], rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("variant", ["context", "paper"])
-@pytest.mark.parametrize("largest", [3e37, 1e38, -3e38])
-def test_no_wrong_answer_where_float32_ends(largest, variant):
-    """Wherever in the network it overflows, in some of the cells: what was not left to float64 is right."""
-    scale, n_failed = PixelScale((0.0, 1.0)), 0
-    for seed in range(12):
-        network = make_network((16, 16, 1), 50, seed=seed, variant=variant)
-        X = largest * np.random.default_rng(seed).uniform(size=(20, 16, 16, 1))
-        found = Engine.of(network, (16, 16, 1), scale).run(X, maps=True)
-        ran = ~found["failed"]
-        n_failed += 20 - ran.sum()
-        assert np.isfinite(found["scores"][ran]).all()
-        if ran.any():
-            logits = reference(network, X[ran], found["pixels"][ran], scale).logits
-            probabilities = torch.softmax(torch.from_numpy(found["logits"][ran]).double(), 1)
-            torch.testing.assert_close(probabilities, torch.softmax(logits, 1), rtol=0, atol=1e-4)
-    assert n_failed > 0
-
-
-def test_scores_that_are_no_numbers_are_not_passed_over():
-    """Infinite features of both weights make a score that is no number; further on it may leave no trace."""
-    shape, scale = (32, 32, 1), PixelScale((0.0, 1.0))
-    network = make_network(shape, 50, variant="paper")
+def scoring_network():
+    """A network that is nothing but its score: middle features are the pixels, scored by 1."""
+    network = SparseAttnNet(1, 2, 1, strides=(1, 1, 1))
+    network.reset_parameters(torch.Generator().manual_seed(0))
     with torch.no_grad():
         for stage in (network.coarse.early, network.coarse.middle):
-            stage[0].weight.abs_().mul_(100)
-    X = np.random.default_rng(0).uniform(size=(1, *shape))
-    X[0, 16, 16] = 3e38
-    engine = Engine.of(network, shape, scale)
-    found = engine.run(X, maps=True)
-    assert found["failed"].all()
-    cells = network.coarse.look(torch.from_numpy(X[..., 0])[:, None].float()).maps[1]
-    assert set(cells.isinf().sum(1).unique().tolist()) == {0, cells.shape[1]}
-
-
-@pytest.mark.parametrize("data_range", [(0.0, 1e-320), (1e-40, 2e-40)])
-def test_bytes_far_out_of_a_small_range_are_refused(data_range):
-    shape = (4, 4, 1)
-    scale = PixelScale(data_range)
-    engine = Engine.of(make_network(shape, 4), shape, scale)
-    with pytest.raises(ValueError, match="too far from data_range_"):
-        engine.run(np.full((1, *shape), 200, np.uint8))
-    assert not engine.run(np.zeros((1, *shape)))["failed"].any() or data_range[0]
+            stage[0].weight.zero_()
+            stage[0].weight[0, 0, 1, 1] = 1
+            stage[1].running_var.fill_(1 - 1e-5)  # so that it does nothing, but for eps
+        network.coarse.score.weight.zero_()
+        network.coarse.score.weight[0, 0] = 1
+        network.coarse.score.bias.zero_()
+    return network.eval()
 
 
 @pytest.mark.parametrize(
@@ -301,48 +318,151 @@ def test_bytes_far_out_of_a_small_range_are_refused(data_range):
         np.random.default_rng(0).normal(size=5000),
         np.r_[np.zeros(3000), 1e-30 * np.arange(100), 1e30],
         np.r_[np.full(500, 1.0), np.nextafter(np.float32(1), np.float32(2))],
-        1e-44 * np.arange(200),
         np.linspace(-1, 1, 4097) ** 9,
+        np.r_[1.0],
     ],
-    ids=["equal", "three values", "normal", "an outlier", "neighbours", "subnormal", "dense at zero"],
+    ids=["equal", "three values", "normal", "an outlier", "neighbours", "dense at zero", "one"],
 )
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.999])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.999, 1.0])
 def test_selection_of_all_kinds_of_scores(scores, share):
-    """By a network that is nothing but its score: middle features are the pixels, scored by 1."""
     n = len(scores)
-    shape = (1, n, 1)
-    network = SparseAttnNet(1, 2, 1 + share * (n - 1), strides=(1, 1, 1))
-    network.reset_parameters(torch.Generator().manual_seed(0))
+    positive = (scores - scores.min()).astype(np.float32)  # past the ReLU
+    network = scoring_network()
+    engine = Engine.of(network, (1, n, 1), UNIT)
+    images = positive.reshape(1, 1, n, 1).astype(np.float64)
+    found = engine.run(images, k=1 + share * (n - 1), maps=True)
+    np.testing.assert_array_equal(found["scores"][0], positive)
+    if positive.max() < 1e6:  # larger tokens are as exact as float32 holds them
+        assert_as_reference(network, images, found, UNIT)
+    best = select_pixels(torch.from_numpy(found["scores"]), found["tiles"].shape[1])
+    np.testing.assert_array_equal(found["tiles"], best)
+
+
+def test_which_of_nearly_equal_tiles_is_chosen_hardly_matters():
+    """The engine may choose others than float64 does; its answer is close to that all the same."""
+    shape = (64, 64, 1)
+    for seed in range(8):
+        network = make_network(shape, 64 * 8, seed=seed)
+        images = make_images("areas", 8, shape, seed)
+        images += make_images("few values", 8, shape, seed) // 255  # nearly equal cells
+        engine = Engine.of(network, shape, BYTES)
+        found = engine.run(images, maps=True)
+        exact = copy.deepcopy(network).double()
+        with torch.inference_mode():
+            expected = exact(torch.from_numpy(BYTES(images)).double())
+        np.testing.assert_allclose(
+            probabilities(found["logits"]), probabilities(expected.logits), rtol=0, atol=1e-3
+        )
+
+
+# ---- numbers that are too large ----
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_what_overflows_in_float32_is_answered_in_float64(maps):
+    shape = (16, 16, 1)
+    network = make_network(shape, 50)
+    X = np.random.default_rng(0).uniform(size=(5, *shape))
+    X[2] *= 1e38  # finite in float32, its convolutions are not
+    images = ImageRows(X, shape)
+    engine = Engine.of(network, shape, UNIT)
+    assert engine.run(X)["failed"].tolist() == [False, False, True, False, False]
+    [(_, found)] = run(engine, network, images, UNIT, maps=maps)
+    [(_, exact)] = evaluate(network, images, UNIT)
+    assert torch.isfinite(found.logits).all()
+    torch.testing.assert_close(found.logits[2], exact.logits[2], rtol=1e-12, atol=0)
+    plain = engine.run(X)["logits"]
+    np.testing.assert_array_equal(found.logits[[0, 1, 3, 4]], plain[[0, 1, 3, 4]])
+    if maps:
+        assert torch.equal(found.tiles[2].long(), exact.tiles[2])
+        torch.testing.assert_close(found.scores[2], exact.scores[2], rtol=1e-12, atol=0)
+
+
+def test_what_is_left_of_an_image_that_overflowed_is_not_looked_at():
+    """It was not written, and may be a NaN that signals where it is converted."""
+    shape = (16, 16, 1)
+    network = make_network(shape, 50)
+    X = np.random.default_rng(0).uniform(size=(4, *shape))
+    X[1] *= 1e38
+    engine = Engine.of(network, shape, UNIT)
+    images, exact_run = ImageRows(X, shape), engine.run
+
+    def leave_signals(images, **options):
+        found = exact_run(images, **options)
+        for part in found.values():
+            if part.dtype == np.float32:
+                part[found["failed"]] = np.array(0x7FA00000, np.uint32).view(np.float32)
+        return found
+
+    engine.run = leave_signals
+    [(_, found)] = run(engine, network, images, UNIT, maps=True)
+    [(_, exact)] = evaluate(network, images, UNIT)
+    torch.testing.assert_close(found.logits[1], exact.logits[1], rtol=1e-12, atol=0)
+
+
+def test_an_image_after_one_that_overflowed_is_as_ever():
+    shape = (48, 48, 1)
+    engine = Engine.of(make_network(shape, 500), shape, UNIT)
+    X = np.random.default_rng(0).uniform(size=(6, *shape))
+    expected = engine.run(X, maps=True)
+    broken = X.copy()
+    broken[::2] *= 3e38
+    found = engine.run(broken, maps=True)
+    assert found["failed"].tolist() == [True, False] * 3
+    for name, part in expected.items():
+        np.testing.assert_array_equal(found[name][1::2], part[1::2], err_msg=name)
+
+
+@pytest.mark.parametrize("largest", [1e20, 3e37, 1e38, -3e38])
+def test_no_wrong_answer_where_float32_ends(largest):
+    """Wherever in the network it overflows, in some of the cells: what was not left to float64 is right."""
+    n_failed = 0
+    for seed in range(12):
+        network = make_network((16, 16, 1), 50, seed=seed)
+        X = largest * np.random.default_rng(seed).uniform(size=(20, 16, 16, 1))
+        found = Engine.of(network, (16, 16, 1), UNIT).run(X, maps=True)
+        ran = ~found["failed"]
+        n_failed += 20 - ran.sum()
+        assert np.isfinite(found["scores"][ran]).all()
+        if ran.any():
+            logits = reference(network, X[ran], found["tiles"][ran], UNIT).logits
+            np.testing.assert_allclose(
+                probabilities(found["logits"][ran]), probabilities(logits), rtol=0, atol=1e-4
+            )
+    assert n_failed > 0 or largest < 1e30
+
+
+def test_scores_that_are_no_numbers_are_not_passed_over():
+    """Infinite features of both weights make a score that is no number; further on it may leave no trace."""
+    shape = (32, 32, 1)
+    network = make_network(shape, 50)
     with torch.no_grad():
         for stage in (network.coarse.early, network.coarse.middle):
-            stage[0].weight.zero_()
-            stage[0].weight[0, 0, 1, 1] = 1
-            stage[1].running_var.fill_(1 - 1e-5)  # so that it does nothing, but for eps
-        network.coarse.score.weight.zero_()
-        network.coarse.score.weight[0, 0] = 1
-        network.coarse.score.bias.zero_()
-    network.eval()
-    positive = (scores - scores.min()).astype(np.float32)  # past the ReLU
-    engine = Engine.of(network, shape, PixelScale((0.0, 1.0)))
-    found = engine.run(positive.reshape(1, *shape).astype(np.float64), maps=True)
-    np.testing.assert_array_equal(found["scores"][0], positive)
-    np.testing.assert_array_equal(found["pixels"], highest(found["scores"], found["pixels"].shape[1]))
+            stage[0].weight.abs_().mul_(100)
+    X = np.random.default_rng(0).uniform(size=(1, *shape))
+    X[0, 16, 16] = 3e38
+    assert Engine.of(network, shape, UNIT).run(X, maps=True)["failed"].all()
+    cells = network.coarse.look(torch.from_numpy(X[..., 0])[:, None].float()).maps[1]
+    assert set(cells.isinf().sum(1).unique().tolist()) == {0, cells.shape[1]}
+
+
+@pytest.mark.parametrize("data_range", [(0.0, 1e-320), (1e-40, 2e-40)])
+def test_bytes_far_out_of_a_small_range_are_refused(data_range):
+    shape = (4, 4, 1)
+    engine = Engine.of(make_network(shape, 4), shape, PixelScale(data_range))
+    with pytest.raises(ValueError, match="too far from data_range_"):
+        engine.run(np.full((1, *shape), 200, np.uint8))
+    assert not engine.run(np.zeros((1, *shape)))["failed"].any() or data_range[0]
 
 
 # ---- when there is none ----
-
-
-def changed(change):
-    network = make_network((8, 8, 1), 5)
-    change(network)
-    return network
 
 
 @pytest.mark.parametrize(
     "change",
     [
         lambda n: setattr(n, "choose", lambda images, scores: None),
-        lambda n: setattr(n, "hidden_tokens", lambda *parts: None),
+        lambda n: setattr(n, "openness", lambda scores, tiles: None),
         lambda n: setattr(n.coarse.early[1], "eps", 0.1),
         lambda n: setattr(n, "fine_norm", nn.Tanh()),
         lambda n: setattr(n, "coarse", nn.Sequential(n.coarse)),
@@ -352,40 +472,145 @@ def changed(change):
         lambda n: setattr(n.fusion, "first", nn.Linear(64, 128)),
         lambda n: n.to("meta"),
     ],
-    ids=["choose", "tokens", "eps", "norm", "coarse", "score", "stride", "hook", "fusion", "elsewhere"],
+    ids=["choose", "openness", "eps", "norm", "coarse", "score", "stride", "hook", "fusion", "elsewhere"],
 )
 def test_a_changed_network_has_no_engine(change):
-    assert Engine.of(changed(change), (8, 8, 1), BYTES) is None
+    network = make_network((8, 8, 1))
+    assert is_plain(network)
+    change(network)
+    assert not is_plain(network)
+    assert Engine.of(network, (8, 8, 1), BYTES) is None
 
 
-def test_images_too_large_to_be_counted_have_no_engine():
-    assert Engine.of(make_network((8, 8, 1), 5), (2**16, 2**15, 1), BYTES) is None
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [
+        (make_network((8, 8, 1), variant="paper"), (8, 8, 1)),
+        (make_network((8, 8, 1), strides=(3, 2, 2)), (8, 8, 1)),
+        (make_network((8, 8, 1)), (2**16, 2**15, 1)),
+    ],
+    ids=["paper", "strides", "large"],
+)
+def test_what_the_engine_does_not_know_has_none(network, shape, fresh_library):
+    fresh_library("missing")  # that would warn
+    assert is_plain(network)
+    assert Engine.of(network, shape, BYTES) is None
 
 
-def test_without_compiled_code_there_is_no_engine_and_the_answer_is_the_same(monkeypatch):
+def compiled(tmp_path, source):
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no compiler")
+    (tmp_path / "other.c").write_text(source)
+    file = tmp_path / "other.so"
+    subprocess.run([compiler, "-shared", "-fPIC", str(tmp_path / "other.c"), "-o", str(file)], check=True)
+    return file
+
+
+STALE = """
+#include <stdint.h>
+void sparseattn_sizes(int64_t *plan, int64_t *results) { *plan = PLAN; *results = RESULTS; }
+int64_t sparseattn_scratch(void *p, int32_t n, void *m) { return 0; }
+void sparseattn_run(void) {}
+const char *sparseattn_extension(void) { return "x"; }
+const char *sparseattn_sources(void) { return "SOURCES"; }
+"""
+
+
+def stale(tmp_path, *, plan=library.Plan, sources=""):
+    sizes = [str(ctypes.sizeof(structure)) for structure in (plan, library.Results)]
+    text = STALE.replace("PLAN", sizes[0]).replace("RESULTS", sizes[1]).replace("SOURCES", sources)
+    return compiled(tmp_path, text)
+
+
+def broken(tmp_path):
+    file = tmp_path / "broken.so"
+    file.write_bytes(b"\x7fELF no library")
+    return file
+
+
+def missing(tmp_path):
+    return tmp_path / "missing.so"
+
+
+def other_structures(tmp_path):
+    return stale(tmp_path, plan=ctypes.c_int64)
+
+
+def other_sources(tmp_path):
+    (tmp_path / "_engine.c").write_text("/* edited since */")
+    return stale(tmp_path, sources="_engine.c:0123456789abcdef")
+
+
+def other_functions(tmp_path):
+    return compiled(tmp_path, "int nothing;")
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (missing, "is missing"),
+        (broken, "cannot be loaded"),
+        (other_functions, "has no function sparseattn_sizes"),
+        (other_structures, "built from other sources"),
+        (other_sources, "built from other sources"),
+    ],
+)
+def test_without_a_library_one_warning_says_why_and_pytorch_answers(make, problem, fresh_library, tmp_path):
     shape = (20, 24, 1)
     network = make_network(shape, 60)
     images = ImageRows(make_images("noise", 4, shape), shape)
-    engine = Engine.of(network, shape, BYTES)
-    fast = run_all(engine, network, images, maps=True)
-    monkeypatch.setattr(MODULE, "_LIBRARY", None)
-    assert Engine.of(network, shape, BYTES) is None
-    exact = run_all(None, network, images)
-    np.testing.assert_allclose(fast[0], exact[0], rtol=0, atol=1e-4)
+    fast = run_all(Engine.of(network, shape, BYTES), network, images)
+    fresh_library(make(tmp_path))
+    with pytest.warns(UserWarning, match=rf"PyTorch predicts.*{problem}.*install sklearn-sparseattn again"):
+        engine = Engine.of(network, shape, BYTES)
+    assert engine is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Engine.of(network, shape, BYTES) is None
+    np.testing.assert_allclose(run_all(engine, network, images)[0], fast[0], rtol=0, atol=1e-4)
 
 
-def test_code_built_from_other_sources_is_refused(monkeypatch):
-    class Other(ctypes.Structure):
-        _fields_ = [("n", ctypes.c_int32)]
+def test_a_library_without_digests_is_used(fresh_library, tmp_path):
+    """As one that was compiled by hand."""
+    fresh_library(stale(tmp_path))
+    assert library.load().library is not None
 
-    monkeypatch.setattr(MODULE, "_Plan", Other)
-    with pytest.raises(ImportError, match="built from other sources"):
-        MODULE._load_library()
+
+def test_importing_the_package_needs_no_library(tmp_path):
+    code = "import pathlib, sys\n" + "\n".join(
+        [
+            "from sklearn_sparseattn.inference import library",
+            "library.FILE = pathlib.Path(sys.argv[1])",
+            "import sklearn_sparseattn",
+            "print(library.load.cache_info().currsize)",
+        ]
+    )
+    command = [sys.executable, "-W", "error", "-c", code, str(broken(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0"]  # and looks for none
+
+
+def test_the_structures_have_the_sizes_of_the_header():
+    sizes = [ctypes.c_int64(), ctypes.c_int64()]
+    library.load().library.sparseattn_sizes(*map(ctypes.byref, sizes))
+    assert [size.value for size in sizes] == [ctypes.sizeof(library.Plan), ctypes.sizeof(library.Results)]
+
+
+def test_the_fields_are_those_of_the_header_in_its_order():
+    text = library.FILE.with_name("sparseattn.h").read_text()
+    for structure, name in ((library.Plan, "sparseattn_plan"), (library.Results, "sparseattn_results")):
+        end = text.index(f"}} {name};")
+        body = text[text.rindex("typedef struct {", 0, end) : end]
+        declared = "".join(line.split("/*")[0] for line in body.splitlines())
+        words = declared.replace("*", " ").replace(",", " ").replace(";", " ").replace("[", " ").split()
+        known = {field[0] for field in structure._fields_}
+        assert [word for word in words if word in known] == [field[0] for field in structure._fields_]
 
 
 @pytest.mark.parametrize("shape", [(8, 6, 1), (9, 5, 1), (9, 6, 2), (9, 6)])
 def test_images_of_another_shape_are_refused(shape):
-    engine = Engine.of(make_network((9, 6, 1), 5), (9, 6, 1), BYTES)
+    engine = Engine.of(make_network((9, 6, 1)), (9, 6, 1), BYTES)
     with pytest.raises(ValueError, match=r"\(9, 6, 1\)"):
         engine.run(np.zeros((2, *shape), dtype=np.uint8))
 
@@ -399,6 +624,7 @@ def test_what_happens_to_the_weights_later_is_not_seen():
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.zero_()
+    network.k.fill_(64)
     np.testing.assert_array_equal(engine.run(images)["logits"], before)
 
 
@@ -419,20 +645,21 @@ def test_an_error_in_a_thread_comes_out_and_stops_the_rest(n_threads):
     assert len(read) <= 6
 
 
+@pytest.mark.parametrize(("largest", "tolerance"), [(20, 1e-5), (95, 2e-5)])
 @pytest.mark.parametrize("seed", [1, 3, 4])
-def test_large_scores_are_as_exact_as_float32_holds_them(seed):
-    """Of noise, on which scores are far larger than on any cell; a float32 near 95 is rounded by 3.8e-6."""
+def test_large_scores_are_exact_enough(seed, largest, tolerance):
+    """Of noise: they are far larger than on any cell, and sums of still larger numbers of either sign."""
     image_shape = (135, 135, 1)
-    network, images = make_network(image_shape, 2146, seed=seed), make_images("noise", 20, image_shape)
+    network, images = make_network(image_shape, 2146, seed=seed), make_images("noise", 8, image_shape)
     with torch.no_grad():
         network.coarse.early[1].running_var.fill_(1e-3)  # as after a short fit to dark images
         found = Engine.of(network, image_shape, BYTES).run(images, maps=True)
-        largest = reference(network, images, found["pixels"]).scores.abs().max()
-        network.coarse.score.weight.mul_(95 / largest)
+        before = reference(network, images, found["tiles"]).scores.abs().max()
+        network.coarse.score.weight.mul_(largest / before)
     found = Engine.of(network, image_shape, BYTES).run(images, maps=True)
-    expected = reference(network, images, found["pixels"]).scores.flatten(1).numpy()
-    assert 80 < np.abs(expected).max() < 110
-    np.testing.assert_allclose(found["scores"], expected, rtol=0, atol=1e-5)
+    expected = reference(network, images, found["tiles"]).scores.flatten(1).numpy()
+    error = np.abs(found["scores"] - expected) / np.maximum(1, np.abs(expected))
+    assert error.max() < tolerance
 
 
 def test_memory_is_kept_between_calls_unless_it_is_much(monkeypatch):
@@ -445,6 +672,6 @@ def test_memory_is_kept_between_calls_unless_it_is_much(monkeypatch):
     again = [output.logits for _, output in run(engine, network, rows, BYTES)]
     assert engine._own.scratch is scratch
     assert all(map(torch.equal, first, again))
-    monkeypatch.setattr(MODULE, "_MOST_KEPT", 1000)
+    monkeypatch.setattr(importlib.import_module("sklearn_sparseattn.inference.engine"), "_MOST_KEPT", 1000)
     list(run(engine, network, rows, BYTES))
     assert not hasattr(engine._own, "scratch")

@@ -25,11 +25,13 @@ BYTES = PixelScale((0.0, 255.0))
 N_CLASSES = 3
 
 
-def make_network(image_shape, share, seed=0):
+def make_network(image_shape, share, seed=0, **form):
     """As a fit leaves it: float32, in evaluation mode, its statistics moved by data."""
     height, width, channels = image_shape
     generator = torch.Generator().manual_seed(seed)
-    network = SparseAttnNet(channels, N_CLASSES, share * height * width, strides=strides_for(height, width))
+    network = SparseAttnNet(
+        channels, N_CLASSES, share * height * width, strides=strides_for(height, width), **form
+    )
     network.reset_parameters(generator)
     network.coarse.background.fill_(0.37)
     for module in network.modules():
@@ -56,15 +58,15 @@ def cells(image_shape, n=10, seed=0):
     return images
 
 
-def outputs(network, images, scale=BYTES):
+def outputs(network, images, scale=BYTES, k=None):
     """All of `evaluate`, joined."""
-    passes = [output for _, output in evaluate(network, images, scale)]
+    passes = [output for _, output in evaluate(network, images, scale, k)]
     return type(passes[0])(*(torch.cat(parts).numpy() for parts in zip(*passes, strict=True)))
 
 
 def assert_same(found, expected):
     for name, one, other in zip(expected._fields, found, expected, strict=True):
-        if name == "pixels":
+        if name == "tiles":
             np.testing.assert_array_equal(one, other)
         else:
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-9, err_msg=name)
@@ -75,16 +77,29 @@ IMAGE_SHAPES = [(135, 135, 1), (40, 24, 3), (12, 12, 1), (1, 30, 1), (1, 1, 1), 
 
 @pytest.mark.parametrize("image_shape", IMAGE_SHAPES, ids=str)
 @pytest.mark.parametrize("share", [1e-9, 0.15, 0.44])
-def test_an_image_is_the_same_in_any_company(image_shape, share):
-    network = make_network(image_shape, share)
+@pytest.mark.parametrize("form", [{}, {"size": "large"}, {"variant": "paper"}], ids=str)
+def test_an_image_is_the_same_in_any_company(image_shape, share, form):
+    network = make_network(image_shape, share, **form)
     images = ImageRows(cells(image_shape), image_shape)
     together = outputs(network, images)
     companies = [[i] for i in range(10)] + [[3, 8], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0], [7] * 9, [0, 7, 3]]
     for rows in companies:
         expected = type(together)(*(part[rows] for part in together))
         assert_same(outputs(network, images.take(np.array(rows)), BYTES), expected)
-    # The same image twice has the same pixels, ties and all.
-    np.testing.assert_array_equal(together.pixels[3], together.pixels[8])
+    # The same image twice has the same tiles, ties and all.
+    np.testing.assert_array_equal(together.tiles[3], together.tiles[8])
+
+
+@pytest.mark.parametrize("image_shape", IMAGE_SHAPES, ids=str)
+def test_k_takes_the_place_of_the_networks_own(image_shape):
+    height, width, _ = image_shape
+    images = ImageRows(cells(image_shape), image_shape)
+    network = make_network(image_shape, 0.15)
+    own = network.k.item()
+    for share in (1e-9, 0.3, 1.0):
+        expected = outputs(make_network(image_shape, share), images)
+        assert_same(outputs(network, images, k=share * height * width), expected)
+        assert network.k.item() == own
 
 
 def test_the_size_of_the_chunks_changes_nothing(monkeypatch):
@@ -171,11 +186,13 @@ def test_values_out_of_all_range_are_refused(value, data_range):
 # ---- results ----
 
 
+SHAPE = (34, 21, 1)  # tiles of four pixels a side; those at the right and lower border have fewer
+
+
 @pytest.fixture(scope="module")
 def case():
-    image_shape = (12, 9, 1)
-    network = make_network(image_shape, 0.2, seed=1)
-    images = ImageRows(cells(image_shape), image_shape)
+    network = make_network(SHAPE, 0.2, seed=1)
+    images = ImageRows(cells(SHAPE), SHAPE)
     return network, images, outputs(network, images)
 
 
@@ -205,7 +222,7 @@ def test_probabilities_of_extreme_logits():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_fused_features(case, dtype):
     network, images, expected = case
-    found = fused_features(one_by_one(network, images), 10, 32 + 32, np.dtype(dtype))
+    found = fused_features(one_by_one(network, images), 10, 32 + 32 + 32, np.dtype(dtype))
     assert found.dtype == dtype
     np.testing.assert_allclose(
         found, expected.features, rtol=1e-6 if dtype == np.float32 else 1e-9, atol=1e-9
@@ -215,28 +232,46 @@ def test_fused_features(case, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_attention_maps(case, dtype):
     network, images, expected = case
-    k = network.n_chosen(12 * 9)
-    maps = attention_maps(one_by_one(network, images), 10, (12, 9, 1), k, np.dtype(dtype))
+    height, width, _ = SHAPE
+    assert network.grid_of(height, width) == (9, 6)
+    n = network.n_chosen(54)
+    maps = attention_maps(one_by_one(network, images), 10, SHAPE, 4, n, np.dtype(dtype))
     tolerance = {"rtol": 1e-6, "atol": 1e-7} if dtype == np.float32 else {"rtol": 0, "atol": 1e-9}
-    assert set(maps) == {"coarse", "pixels", "fine", "contribution"}
+    assert set(maps) == {"coarse", "tiles", "chosen", "fine", "contribution"}
     for name in ("coarse", "fine", "contribution"):
         assert maps[name].dtype == dtype
-        assert maps[name].shape == (10, 12, 9)
-    np.testing.assert_allclose(maps["coarse"], expit(expected.scores), **tolerance)
-    # Best first, a tie to the lower index, though the network itself keeps another order.
-    best_first = select_pixels(torch.from_numpy(expected.scores), k).numpy()
-    assert maps["pixels"].dtype == np.int64
-    np.testing.assert_array_equal(maps["pixels"], best_first)
-    for name, values in (("fine", expected.attention), ("contribution", expected.contribution)):
-        flat = maps[name].reshape(10, -1)
-        on = np.take_along_axis(flat, expected.pixels, axis=1)
-        np.testing.assert_allclose(on, values, **tolerance)
-        off = np.ones_like(flat, dtype=bool)
-        np.put_along_axis(off, expected.pixels, False, axis=1)
-        assert off.sum() == 10 * (12 * 9 - k)
-        assert not flat[off].any()
+        assert maps[name].shape == (10, height, width)
+    np.testing.assert_array_equal(maps["tiles"], select_pixels(torch.from_numpy(expected.scores), n))
+    row, column = np.indices((height, width)) // 4
+    np.testing.assert_allclose(maps["coarse"], expit(expected.scores)[:, row, column], **tolerance)
+    of_pixel = row * 6 + column
+    n_pixels = np.bincount(of_pixel.ravel())
+    assert set(n_pixels) == {16, 8, 4, 2}
+    for i in range(10):
+        chosen = np.isin(of_pixel, expected.tiles[i])
+        np.testing.assert_array_equal(maps["chosen"][i], chosen)
+        for name, values in (("fine", expected.attention), ("contribution", expected.contribution)):
+            assert not maps[name][i][~chosen].any()
+            # The pixels of a tile have equal shares of what it has.
+            for tile, value in zip(expected.tiles[i], values[i], strict=True):
+                np.testing.assert_allclose(
+                    maps[name][i][of_pixel == tile] * n_pixels[tile], value, **tolerance
+                )
     assert (maps["fine"] >= 0).all()
     assert maps["contribution"].min() < 0 < maps["contribution"].max()
+
+
+def test_attention_maps_of_pixels():
+    """In the paper's form a tile is a pixel."""
+    network = make_network(SHAPE, 0.2, variant="paper")
+    images = ImageRows(cells(SHAPE), SHAPE)
+    expected = outputs(network, images)
+    n = network.n_chosen(34 * 21)
+    maps = attention_maps(one_by_one(network, images), 10, SHAPE, 1, n, np.dtype(np.float64))
+    np.testing.assert_allclose(maps["coarse"], expit(expected.scores), rtol=0, atol=1e-9)
+    flat = maps["fine"].reshape(10, -1)
+    np.testing.assert_allclose(np.take_along_axis(flat, maps["tiles"], 1), expected.attention, atol=1e-9)
+    assert (maps["chosen"].sum(axis=(1, 2)) == n).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -13,17 +13,17 @@ from sklearn_sparseattn import SparseAttnClassifier
 from sklearn_sparseattn.datasets import make_cells
 from sklearn_sparseattn.images import ImageRows, PixelScale
 from sklearn_sparseattn.inference import evidence_maps
-from sklearn_sparseattn.inference.evidence import _of_cells
-from sklearn_sparseattn.network import SparseAttnNet, strides_for
+from sklearn_sparseattn.inference.evidence import _of_cells, _over_tiles, _share_of_maximum, evidence
+from sklearn_sparseattn.network import SparseAttnNet, pixel_tokens, strides_for
 from sklearn_sparseattn.network.fine import EPSILON
 
 BYTES = PixelScale((0.0, 255.0))
 N_CLASSES = 4
-VARIANTS = ("context", "paper")
-IMAGE_SHAPES = [(20, 13, 1), (9, 12, 3), (1, 30, 1), (1, 1, 2)]
+VARIANTS = ("tiles", "paper")
+IMAGE_SHAPES = [(33, 18, 1), (20, 13, 1), (9, 12, 3), (1, 30, 1), (1, 1, 2)]  # tiles of 4, 2, 1, 2, 1 pixels
 
 
-def make_network(image_shape, variant="context", n_classes=N_CLASSES, **form):
+def make_network(image_shape, variant="tiles", n_classes=N_CLASSES, **form):
     """As a fit leaves it, its statistics moved by data."""
     height, width, channels = image_shape
     generator = torch.Generator().manual_seed(0)
@@ -43,9 +43,9 @@ def random_images(image_shape, n=3, dtype=float):
     return (255 * np.random.default_rng(0).random((n, *image_shape))).astype(dtype)
 
 
-def maps_of(network, images, classes):
+def maps_of(network, images, classes, k=None):
     rows = ImageRows(images, images.shape[1:])
-    return evidence_maps(network, rows, BYTES, np.asarray(classes))
+    return evidence_maps(network, rows, BYTES, np.asarray(classes), k)
 
 
 class Literal:
@@ -56,9 +56,16 @@ class Literal:
         self.network = network.double()
         inputs = torch.from_numpy(BYTES(image[None])).double()
         self.scores, _, maps = network.coarse.look(inputs)
-        self.pixels = network.choose(inputs, self.scores)
-        hidden = network.hidden_tokens(inputs, self.pixels, self.scores, maps)
-        self.tokens, self.cells = network.embedding.out(hidden)[0], maps[-1][0]
+        self.tiles = network.choose(inputs, self.scores)[0]
+        if network.embedding is None:
+            self.hidden, self.out = (
+                network.tile_tokens(self.scores, maps, self.tiles[None])[0],
+                network.tokens.out,
+            )
+        else:
+            pixels = pixel_tokens(inputs, self.tiles[None])[0]
+            self.hidden, self.out = network.embedding.hidden(pixels), network.embedding.out
+        self.cells = maps[-1][0]
         sides = np.ones(self.cells.shape[1:], dtype=bool)
         sides[1:-1, 1:-1] = False
         values = np.sort(self.cells.numpy()[:, sides], axis=1)
@@ -66,21 +73,23 @@ class Literal:
 
     @torch.no_grad()
     def log_odds(self, label, by_token=None, by_cell=None):
-        """Of the class; `by_token` (k,) scales what the tokens bring, `by_cell` (h, w) the cells' excess."""
-        by_token = torch.ones(len(self.tokens)) if by_token is None else by_token
+        """Of the class; `by_token` (n,) scales what the tokens bring, `by_cell` (h, w) the cells' excess."""
+        by_token = torch.ones(len(self.hidden)).double() if by_token is None else by_token
         by_cell = torch.ones(self.cells.shape[1:]) if by_cell is None else by_cell
         fine, cells, floor = self.network.fine, self.cells, self.floor[:, None, None]
-        rows = torch.cat([self.tokens, fine.cls_token[0]])
+        rows = torch.cat([self.out(self.hidden), fine.cls_token[0]])
         key = F.relu(fine.key(rows)) + EPSILON
         key = key / key.sum(0)
-        values = fine.value(rows) * torch.cat([by_token, torch.ones(1)]).double()[:, None]
+        values = fine.value(rows) * torch.cat([by_token, torch.ones(1)])[:, None]
         query = fine.query(fine.cls_token[0])
         heads = zip(query.chunk(fine.n_heads, 1), key.chunk(fine.n_heads, 1), strict=True)
         z_fine = torch.stack([one @ (part.T @ values) for one, part in heads]).mean(0)
+        parts = [self.network.fine_norm(z_fine)]
+        if self.network.embedding is None:
+            parts.append((by_token[:, None] * self.hidden).amax(0)[None])
         cells = floor + by_cell * (cells - floor)
-        z_coarse = torch.cat([cells.mean((1, 2)), cells.amax((1, 2))])[None]
-        logits = self.network.fusion(torch.cat([self.network.fine_norm(z_fine), z_coarse], dim=1))
-        p = torch.softmax(logits[0], 0).numpy()
+        parts.append(torch.cat([cells.mean((1, 2)), cells.amax((1, 2))])[None])
+        p = torch.softmax(self.network.fusion(torch.cat(parts, dim=1))[0], 0).numpy()
         return np.log(p[label]) - np.log(np.delete(p, label).sum())
 
     def slopes(self, label, name, shape, step=1e-6):
@@ -93,11 +102,14 @@ class Literal:
             found[place] = (more - less) / (2 * step)
         return found
 
-    def expected(self, label):
-        """The map, of slopes: a token's at its pixel, a cell's shared among the pixels around it."""
-        height, width = self.scores.shape[1:]
-        expected = np.zeros((height, width))
-        expected.flat[self.pixels[0].numpy()] = self.slopes(label, "by_token", (len(self.tokens),))
+    def expected(self, label, height, width):
+        """The map, of slopes: a token's among the pixels of its tile, a cell's among those around it."""
+        expected, side = np.zeros((height, width)), self.network.tile
+        of_tokens = self.slopes(label, "by_token", (len(self.hidden),))
+        for tile, value in zip(self.tiles.tolist(), of_tokens, strict=True):
+            i, j = divmod(tile, self.scores.shape[2])
+            place = expected[i * side : (i + 1) * side, j * side : (j + 1) * side]  # what there is of it
+            place += value / place.size
         of_cells = self.slopes(label, "by_cell", tuple(self.cells.shape[1:]))
         step = self.network.coarse.steps[-1]
         for (i, j), value in np.ndenumerate(of_cells):
@@ -110,31 +122,39 @@ class Literal:
         return expected
 
 
-@pytest.mark.parametrize("depth", [2, 3])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"size": "large"}, {"n_heads": 1}, {"variant": "paper"}],
+    ids=lambda form: str([*form.values()]),
+)
 @pytest.mark.parametrize("image_shape", IMAGE_SHAPES, ids=str)
-def test_it_is_the_slope_of_scaling_tokens_and_cells(image_shape, variant, depth):
-    network = make_network(image_shape, variant, depth=depth)
+def test_it_is_the_slope_of_scaling_tokens_and_cells(image_shape, form):
+    network = make_network(image_shape, **form)
     images, classes = random_images(image_shape), [2, 0, 3]
     found = maps_of(network, images, classes)
     assert found.shape == (3, *image_shape[:2])
     for one, image, label in zip(found, images, classes, strict=True):
-        expected = Literal(network, image).expected(label)
+        expected = Literal(network, image).expected(label, *image_shape[:2])
         np.testing.assert_allclose(one, expected, rtol=1e-5, atol=1e-7 * max(1, np.abs(expected).max()))
 
 
-def test_without_the_norm_of_z_fine_too():
-    network = make_network((9, 12, 3), normalize_fine=False, n_heads=1)
-    images = random_images((9, 12, 3), 1)
-    expected = Literal(network, images[0]).expected(1)
-    np.testing.assert_allclose(maps_of(network, images, [1])[0], expected, rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_of_another_number_of_pixels(variant):
+    network = make_network((20, 13, 1), variant)
+    images = random_images((20, 13, 1))
+    found = maps_of(network, images, [0, 1, 2], k=150)
+    other = copy.deepcopy(network)
+    other.k.fill_(150)
+    np.testing.assert_array_equal(found, maps_of(other, images, [0, 1, 2]))
+    assert np.abs(found - maps_of(network, images, [0, 1, 2])).max() > 1e-3
 
 
-def test_its_sum_is_the_slope_of_scaling_all_at_once():
-    network = make_network((20, 13, 1))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_its_sum_is_the_slope_of_scaling_all_at_once(variant):
+    network = make_network((20, 13, 1), variant)
     images = random_images((20, 13, 1), 1)
     literal, step = Literal(network, images[0]), 1e-6
-    tokens, cells = (torch.ones(n, dtype=torch.float64) for n in (len(literal.tokens), ()))
+    tokens, cells = (torch.ones(n, dtype=torch.float64) for n in (len(literal.hidden), ()))
     more, less = (literal.log_odds(2, scale * tokens, scale * cells) for scale in (1 + step, 1 - step))
     assert maps_of(network, images, [2]).sum() == pytest.approx((more - less) / (2 * step), rel=1e-5)
 
@@ -179,6 +199,31 @@ def test_cells_that_tie_share_the_maximum():
     np.testing.assert_allclose(found[0, 1, 1], 3.0)
     np.testing.assert_allclose(found[0, 3, 3], 3.0)
     assert found.count_nonzero() == 2
+
+
+def test_tokens_that_tie_share_the_maximum():
+    tokens = torch.tensor([[[2.0, 0.0], [1.0, 0.0], [2.0 + 4e-16, 0.0]]]).double()
+    expected = [[[1 / 2, 1 / 3], [0, 1 / 3], [1 / 2, 1 / 3]]]
+    np.testing.assert_allclose(_share_of_maximum(tokens, 1), expected)
+
+
+def test_of_the_tokens_only_chosen_tiles_have_evidence():
+    image_shape = (33, 18, 1)
+    network = make_network(image_shape).double()
+    images = torch.from_numpy(BYTES(random_images(image_shape))).double()
+    of_tokens, _ = evidence(network, images, torch.tensor([2, 0, 3]))
+    with torch.no_grad():
+        tiles = network(images).tiles
+    chosen = torch.zeros(3, 45, dtype=torch.bool).scatter_(1, tiles, True).view(3, 9, 5)
+    chosen = chosen.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, :33, :18]
+    assert not of_tokens[~chosen].any()
+    assert of_tokens.count_nonzero() > 0.7 * chosen.sum()
+
+
+def test_a_tile_lies_evenly_over_the_pixels_that_it_has():
+    found = _over_tiles(torch.tensor([[[16.0, 8.0], [12.0, 6.0]]]), 7, 6, side=4)
+    expected = np.ones((7, 6))
+    np.testing.assert_array_equal(found, expected[None])
 
 
 def test_chunks_are_bounded_and_change_nothing(monkeypatch):
@@ -263,7 +308,7 @@ def test_tokens_that_the_head_does_not_read_say_nothing(clf):
     """Then the map is that of the cells alone, and does not change with the tokens."""
     other = copy.deepcopy(clf)
     with torch.no_grad():
-        other.network_.fusion.first[0].weight[:, : other.network_.fine.value.out_features] = 0
+        other.network_.fusion.first[0].weight[:, : -other.network_.coarse.n_features] = 0
     images = CELLS.images[:2].astype(float)
     found = other.evidence_maps(images, NAMES[:2])
     assert np.abs(found).max() > 0

@@ -64,13 +64,11 @@ def along(position, n_cells, step):
     return weights
 
 
-def reference(coarse, image, strides, n_stages, depth=2):
-    """Scores (H, W), z_coarse and the maps of one image (C, H, W)."""
+def reference(coarse, image, strides, n_stages):
+    """Scores of the pixels (H, W) and of the cells, z_coarse and the maps of one image (C, H, W)."""
     _, height, width = image.shape
     early = stage(image - array(coarse.background), coarse.early)
-    middle = stage(early, coarse.middle[:3])
-    if depth == 3:
-        middle = stage(middle, coarse.middle[3:])
+    middle = stage(early, coarse.middle)
     maps = [early, middle]
     if n_stages == 3:
         maps.append(stage(stage(middle, coarse.deep[0]), coarse.deep[1]))
@@ -79,7 +77,7 @@ def reference(coarse, image, strides, n_stages, depth=2):
     scores = np.empty((height, width))
     for i, j in itertools.product(range(height), range(width)):
         scores[i, j] = along(i, len(cells), step) @ cells @ along(j, len(cells[0]), step)
-    return scores, np.concatenate([maps[-1].mean((1, 2)), maps[-1].max((1, 2))]), maps
+    return scores, cells, np.concatenate([maps[-1].mean((1, 2)), maps[-1].max((1, 2))]), maps
 
 
 def test_a_plain_background_has_no_frame():
@@ -94,17 +92,19 @@ def test_a_plain_background_has_no_frame():
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 9), (16, 13), (2, 11)])
-@pytest.mark.parametrize(("kernel_size", "depth"), [(3, 2), (3, 3), (5, 2), (7, 2), (7, 3)])
-def test_forward_pass_is_the_reference(strides, height, width, channels, kernel_size, depth):
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
+@pytest.mark.parametrize("interpolate", [True, False])
+def test_forward_pass_is_the_reference(strides, height, width, channels, kernel_size, interpolate):
     n_channels = 1 + height % 3
-    coarse = make_coarse(n_channels, strides, channels=channels, kernel_size=kernel_size, depth=depth)
+    options = {"kernel_size": kernel_size, "interpolate": interpolate}
+    coarse = make_coarse(n_channels, strides, channels=channels, **options)
     assert coarse.early[0].weight.shape[2:] == (kernel_size, kernel_size)
-    assert [len(layers) for layers in coarse.stages()] == [1, depth - 1, 2][: len(channels)]
     images = np.random.default_rng(1).normal(size=(2, n_channels, height, width))
     look = coarse.look(torch.from_numpy(images))
     for b in range(2):
-        scores, z_coarse, maps = reference(coarse, images[b], strides, len(channels), depth)
-        np.testing.assert_allclose(array(look.scores[b]), scores, rtol=1e-10, atol=1e-10)
+        scores, cells, z_coarse, maps = reference(coarse, images[b], strides, len(channels))
+        expected = scores if interpolate else cells
+        np.testing.assert_allclose(array(look.scores[b]), expected, rtol=1e-10, atol=1e-10)
         np.testing.assert_allclose(array(look.z_coarse[b]), z_coarse, rtol=1e-10, atol=1e-10)
         for found, expected in zip(look.maps, maps, strict=True):
             np.testing.assert_allclose(array(found[b]), expected, rtol=1e-10, atol=1e-10)
@@ -124,6 +124,8 @@ def test_cells_lie_over_every_step_th_pixel(strides, channels):
         assert cells.shape[2:] == images[0, 0, ::step, ::step].shape
     step = coarse.steps[1]
     torch.testing.assert_close(look.scores[:, ::step, ::step], coarse.score(look.maps[1])[:, 0])
+    coarse.interpolate = False
+    torch.testing.assert_close(look.scores[:, ::step, ::step], coarse.look(images).scores)
 
 
 @settings(max_examples=60)
@@ -134,32 +136,44 @@ def test_cells_lie_over_every_step_th_pixel(strides, channels):
     strides=st.sampled_from(STRIDES),
     training=st.booleans(),
     channels=st.sampled_from(CHANNELS),
+    interpolate=st.booleans(),
 )
-@example(height=1, width=300, n_channels=1, strides=(2, 2, 2), training=True, channels=(3, 4))
-@example(height=135, width=135, n_channels=1, strides=(2, 2, 2), training=True, channels=(3, 4, 5))
-@example(height=1, width=1, n_channels=5, strides=(2, 2, 2), training=True, channels=(3, 4))
-def test_any_image_size_and_channels(height, width, n_channels, strides, training, channels):
-    coarse = CoarseAttention(n_channels, channels, strides).train(training)
+@example(
+    height=1, width=300, n_channels=1, strides=(2, 2, 2), training=True, channels=(3, 4), interpolate=False
+)
+@example(
+    height=135,
+    width=135,
+    n_channels=1,
+    strides=(2, 2, 2),
+    training=True,
+    channels=(3, 4, 5),
+    interpolate=True,
+)
+@example(
+    height=1, width=1, n_channels=5, strides=(2, 2, 2), training=True, channels=(3, 4), interpolate=False
+)
+def test_any_image_size_and_channels(height, width, n_channels, strides, training, channels, interpolate):
+    coarse = CoarseAttention(n_channels, channels, strides, interpolate=interpolate).train(training)
     scores, z_coarse = coarse(torch.rand(2, n_channels, height, width))
-    assert scores.shape == (2, height, width)
+    step = 1 if interpolate else strides[0] * strides[1]
+    assert scores.shape == (2, -(-height // step), -(-width // step))
     assert z_coarse.shape == (2, coarse.n_features) == (2, 2 * channels[-1])
     assert torch.isfinite(scores).all()
     assert torch.isfinite(z_coarse).all()
 
 
-@pytest.mark.parametrize(("kernel_size", "depth"), [(3, 2), (3, 3), (5, 2), (7, 2), (7, 3)])
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
 @pytest.mark.parametrize("strides", STRIDES)
-def test_a_pixel_is_scored_by_its_neighbourhood(strides, kernel_size, depth):
+def test_a_pixel_is_scored_by_its_neighbourhood(strides, kernel_size):
     """Far from a change the scores stay: every cell of the reduced map is spread around its own pixel."""
-    coarse = make_coarse(1, strides, kernel_size=kernel_size, depth=depth)
+    coarse = make_coarse(1, strides, kernel_size=kernel_size)
     images = torch.zeros(2, 1, 64, 48, dtype=torch.float64)
     images[1, 0, 40, 11] = 3.0
     scores, _ = coarse(images)
     i, j = torch.nonzero(scores[0] != scores[1]).T
-    # A cell sees half the first kernel and s0 pixels to each side, with a third layer also the cells next to
-    # it; its score enters less than a step away.
-    step = strides[0] * strides[1]
-    reach = kernel_size // 2 + strides[0] + (depth - 2) * step + step - 1
+    # A cell sees half the first kernel and s0 pixels to each side; its score enters less than a step away.
+    reach = kernel_size // 2 + strides[0] + strides[0] * strides[1] - 1
     assert len(i)
     assert abs(i - 40).max() <= reach
     assert abs(j - 11).max() <= reach
@@ -215,10 +229,10 @@ def test_a_bright_pixel_raises_the_scores_around_itself(strides):
     assert raised.argmax() == i * raised.shape[1] + j
 
 
-@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("interpolate", [True, False])
 @pytest.mark.parametrize("channels", CHANNELS)
-def test_gradient_reaches_every_parameter(channels, depth):
-    coarse = make_coarse(2, (2, 2, 2), channels=channels, depth=depth).train()
+def test_gradient_reaches_every_parameter(channels, interpolate):
+    coarse = make_coarse(2, (2, 2, 2), channels=channels, interpolate=interpolate).train()
     generator = torch.Generator().manual_seed(0)
     scores, z_coarse = coarse(torch.randn(4, 2, 20, 21, dtype=torch.float64, generator=generator))
     (scores.square().sum() + z_coarse.square().sum()).backward()
@@ -278,9 +292,3 @@ def test_stages_of_no_network(channels, strides):
 def test_kernels_of_no_network(kernel_size):
     with pytest.raises(ValueError, match=f"kernel_size={kernel_size} must be 3, 5 or 7"):
         CoarseAttention(kernel_size=kernel_size)
-
-
-@pytest.mark.parametrize("depth", [1, 4])
-def test_depths_of_no_network(depth):
-    with pytest.raises(ValueError, match=f"depth={depth} must be 2 or 3"):
-        CoarseAttention(depth=depth)

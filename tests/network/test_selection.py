@@ -1,4 +1,4 @@
-"""The choice of pixels against NumPy's stable sort, and the tokens made of them."""
+"""The choice against NumPy's stable sort, the openness of its gates, and the tokens of pixels."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sklearn_sparseattn.network import pixel_tokens, select_pixel_set, select_pixels
+from sklearn_sparseattn.network import openness, pixel_tokens, select_pixels
+from sklearn_sparseattn.network.selection import LEAST, n_closing
 
 # Few different values, so that ties are the rule; both zeros, both infinities, subnormals.
 tied_values = st.sampled_from([-np.inf, -1.5, -1e-40, -0.0, 0.0, 1e-40, 1.0, 2.0, np.inf])
@@ -33,42 +34,115 @@ def test_the_choice_is_that_of_a_stable_sort(scores, data):
     n_pixels = scores[0].size
     ks = range(1, n_pixels + 1) if data is None else [data.draw(st.integers(1, n_pixels))]
     for k in ks:
-        expected = best_first(scores, k)
-        ordered = select_pixels(torch.from_numpy(scores), k)
-        assert ordered.dtype == torch.int64
-        np.testing.assert_array_equal(ordered.numpy(), expected)
-        unordered = select_pixel_set(torch.from_numpy(scores), k)
-        assert unordered.dtype == torch.int64
-        np.testing.assert_array_equal(unordered.numpy(), np.sort(expected, axis=1))
+        found = select_pixels(torch.from_numpy(scores), k)
+        assert found.dtype == torch.int64
+        np.testing.assert_array_equal(found.numpy(), best_first(scores, k))
 
 
-@pytest.mark.parametrize("select", [select_pixels, select_pixel_set])
-def test_large_maps_with_plateaus(select):
-    rng = np.random.default_rng(0)
-    scores = rng.integers(0, 5, (3, 135, 135)).astype(np.float32)
+def test_large_maps_with_plateaus():
+    scores = np.random.default_rng(0).integers(0, 5, (3, 135, 135)).astype(np.float32)
     for k in (1, 2146, 10_000, 135 * 135):
-        found = select(torch.from_numpy(scores), k).numpy()
-        expected = best_first(scores, k)
-        np.testing.assert_array_equal(found, np.sort(expected, 1) if select is select_pixel_set else expected)
+        found = select_pixels(torch.from_numpy(scores), k).numpy()
+        np.testing.assert_array_equal(found, best_first(scores, k))
 
 
-@pytest.mark.parametrize("select", [select_pixels, select_pixel_set])
-def test_one_pixel(select):
-    assert select(torch.tensor([[[3.0]], [[-1.0]]]), 1).tolist() == [[0], [0]]
+def test_one_pixel():
+    assert select_pixels(torch.tensor([[[3.0]], [[-1.0]]]), 1).tolist() == [[0], [0]]
 
 
-@pytest.mark.parametrize("select", [select_pixels, select_pixel_set])
 @pytest.mark.parametrize("k", [-1, 0, 7])
-def test_k_must_be_within_the_image(select, k):
-    with pytest.raises(ValueError, match=f"k={k} pixels cannot be chosen of 6"):
-        select(torch.zeros(1, 2, 3), k)
+def test_k_must_be_within_the_image(k):
+    with pytest.raises(ValueError, match=f"k={k} cannot be chosen of 6: 1 <= k <= H \\* W"):
+        select_pixels(torch.zeros(1, 2, 3), k)
 
 
-@pytest.mark.parametrize("select", [select_pixels, select_pixel_set])
-def test_no_gradient_goes_through_the_choice(select):
+def test_no_gradient_goes_through_the_choice():
     scores = torch.randn(2, 4, 5, requires_grad=True)
-    assert not select(scores, 3).requires_grad
-    assert not select(scores, 20).requires_grad
+    assert not select_pixels(scores, 3).requires_grad
+    assert not select_pixels(scores, 20).requires_grad
+
+
+# ---- how far gates are open ----
+
+
+def openness_reference(scores, chosen):
+    """Of one image, in Python's numbers."""
+    n = len(chosen)
+    if n == len(scores):
+        return [1.0] * n
+    in_order = sorted(scores, reverse=True)
+    n_last = max(1, int(0.1 * n + 0.5))
+    left, full = in_order[n], in_order[max(n - n_last, 1) - 1]  # a_(n + 1), a_(n - r)
+    return [min(1.0, (scores[j] - left) / max(full - left, 0.02)) for j in chosen]
+
+
+cases = st.tuples(st.integers(1, 60), st.integers(0, 2**32 - 1), st.sampled_from([1e-3, 0.1, 3.0]))
+
+
+@given(case=cases, data=st.data(), is_tied=st.booleans())
+def test_openness_follows_its_equation(case, data, is_tied):
+    n_tiles, seed, spread = case
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=(2, n_tiles)) * spread
+    scores = np.round(2 * scores) / 2 if is_tied else scores
+    n = data.draw(st.integers(1, n_tiles))
+    chosen = rng.permuted(best_first(scores, n), axis=1)  # the order does not matter
+    found = openness(torch.from_numpy(scores), torch.from_numpy(chosen)).numpy()
+    expected = [openness_reference(*pair) for pair in zip(scores.tolist(), chosen, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+    assert (found >= 0).all()
+    assert (found <= 1).all()
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"), [(1, 1), (4, 1), (14, 1), (15, 2), (94, 9), (95, 10), (1000, 100)]
+)
+def test_a_tenth_of_the_gates_close(n, expected):
+    assert n_closing(n) == expected
+    scores = torch.arange(2.0 * n, 0, -1)[None]
+    found = openness(scores, torch.arange(n)[None])[0]
+    assert (found < 1).sum() == (expected if n > 1 else 0)
+    torch.testing.assert_close(found[-1].item(), 1 / max(min(expected + 1, n), 1))
+
+
+def test_what_is_chosen_by_a_tie_is_closed():
+    scores = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0]])
+    assert openness(scores, torch.tensor([[0, 1]])).tolist() == [[1.0, 0.0]]
+    assert openness(scores, torch.tensor([[0, 3]])).tolist() == [[1.0, 0.0]]
+    # Of equal scores all are closed, not only the last tenth.
+    assert not openness(torch.full((1, 30), 0.7), torch.arange(20)[None]).any()
+
+
+def test_the_ramp_has_a_least_width():
+    """So that scores which differ by rounding do not open and close gates."""
+    scores = torch.tensor([[LEAST / 4, 0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(openness(scores, torch.tensor([[0]])).item(), 0.25)
+
+
+@given(case=cases.filter(lambda case: case[0] > 1), data=st.data())
+def test_openness_goes_on_where_scores_change_places(case, data):
+    """Whichever two neighbours in the order do, the two at the end of the choice among them."""
+    n_tiles, seed, spread = case
+    scores = np.random.default_rng(seed).normal(size=n_tiles) * spread
+    n, first = data.draw(st.integers(1, n_tiles - 1)), data.draw(st.integers(0, n_tiles - 2))
+    for place in (first, n - 1):
+        one, other = best_first(scores[None], n_tiles)[0, place : place + 2]
+        gates = []
+        for sign in (1e-9, -1e-9):
+            near = scores.copy()
+            near[[one, other]] = scores[[one, other]].mean() + np.array([sign, -sign])
+            near = torch.from_numpy(near)[None]
+            chosen = select_pixels(near, n)
+            gates.append(torch.zeros_like(near).scatter_(1, chosen, openness(near, chosen)))
+        torch.testing.assert_close(gates[0], gates[1], rtol=0, atol=1e-6)
+
+
+def test_openness_has_no_gradient():
+    scores = torch.randn(2, 9, requires_grad=True)
+    assert not openness(scores, torch.tensor([[0, 1], [2, 3]])).requires_grad
+
+
+# ---- tokens of pixels ----
 
 
 @given(

@@ -83,9 +83,10 @@ WAYS = {
     "k by batch": {"callbacks": [DynamicK.paper(k_min=3)]},
     "another schedule": {"callbacks": [skorch.callbacks.LRScheduler("StepLR", step_size=1, event_name=None)]},
     "augmented": {"augment": jitter},
-    "consistent": {"augment": jitter, "consistency_weight": 0.5, "gate_init": 0.88, "k_update": "batch"},
-    "larger kernel": {"kernel_size": 7},
-    "deeper": {"depth": 3},
+    "consistent": {"augment": jitter, "consistency_weight": 0.5},
+    "k by epoch": {"callbacks": [DynamicK.paper(k_min=3, update="epoch")]},
+    "k by worth, as told": {"callbacks": [DynamicK(step=0.3, n_checks=2)], "k_tolerance": 0.05},
+    "large": {"size": "large"},
     "paper": {"variant": "paper", "class_weight": "balanced", "focal_gamma": 2.0},
 }
 
@@ -305,7 +306,7 @@ OTHERS = {
     "the seed": ({"random_state": 1}, {}),
     "a class weight": ({"class_weight": {0: 2.0, 1: 1.0, 2: 1.0}}, {}),
     "a function": ({"augment": jitter}, {}),
-    "a callback": ({"callbacks": [DynamicK(shrink=0.01)]}, {}),
+    "a callback": ({"callbacks": [DynamicK(step=0.01)]}, {}),
     "one pixel": ({}, {"X": np.where(np.arange(64).reshape(8, 8) == 63, X ^ 1, X)}),
     "another dtype": ({}, {"X": X.astype(np.uint16)}),
     "labels": ({}, {"y": np.roll(Y, 1)}),
@@ -528,9 +529,10 @@ def test_ctrl_c_leaves_the_last_whole_epoch():
     assert first.n_iter_ == 2
     assert same_fit(first, later)
     assert first.k_ == int(first.history_["k"][-1] + 0.5)
-    # As if it had ended there, but for the schedule of the rate.
-    short = quick(lr_schedule=None, max_epochs=2).fit(X, Y)
-    assert same_fit(interrupted(3, 2, lr_schedule=None)[0], short)
+    # As if it had ended there, but for what goes by the length of a fit.
+    same = {"lr_schedule": None, "weight_decay": 1e-4}
+    short = quick(max_epochs=2, **same).fit(X, Y)
+    assert same_fit(interrupted(3, 2, **same)[0], short)
 
 
 def test_ctrl_c_with_early_stopping_leaves_the_best_epoch():

@@ -154,7 +154,7 @@ def test_focal_with_all_weights_zero_is_zero():
 # ---------------------------------------------------------------------------------- contrastive
 
 
-def contrastive_reference(features, target, temperature):
+def contrastive_reference(features, target, temperature, sample_weight=None):
     lengths = [math.sqrt(sum(v * v for v in row)) for row in features]
     unit = [
         [v / length if length else 0.0 for v in row] for row, length in zip(features, lengths, strict=True)
@@ -173,7 +173,8 @@ def contrastive_reference(features, target, temperature):
         top = max(similarity.values())
         log_total = top + math.log(sum(math.exp(s - top) for s in similarity.values()))
         terms = [similarity[p] - log_total for p in positives]
-        per_anchor.append(-sum(terms) / len(positives))
+        weight = 1.0 if sample_weight is None else sample_weight[i]
+        per_anchor.append(-weight * sum(terms) / len(positives))
     return sum(per_anchor) / len(per_anchor) if per_anchor else 0.0
 
 
@@ -184,14 +185,18 @@ def contrastive_reference(features, target, temperature):
     n=st.integers(1, 9),
     n_classes=st.integers(1, 5),
     temperature=st.sampled_from([0.01, 0.07, 1.0]),
+    is_weighted=st.booleans(),
 )
-def test_contrastive_follows_the_equation(seed, scale, dtype, n, n_classes, temperature):
+def test_contrastive_follows_the_equation(seed, scale, dtype, n, n_classes, temperature, is_weighted):
     rng = np.random.default_rng(seed)
     features = tensor(rng.normal(size=(n, 3)) * scale, dtype)
     target = rng.integers(n_classes, size=n)
-    loss = contrastive_loss(features, torch.tensor(target), temperature=temperature)
+    weight = tensor(rng.uniform(0, 3, n), dtype) if is_weighted else None
+    loss = contrastive_loss(features, torch.tensor(target), temperature=temperature, sample_weight=weight)
     assert loss.dtype == dtype
-    reference = contrastive_reference(features.tolist(), target, temperature)
+    reference = contrastive_reference(
+        features.tolist(), target, temperature, None if weight is None else weight.tolist()
+    )
     close(loss, reference, atol=50 * torch.finfo(dtype).eps / temperature)
 
 
@@ -263,7 +268,7 @@ def test_contrastive_knows_neither_order_nor_length_nor_names(seed, factor):
 # --------------------------------------------------------------------------------- distillation
 
 
-def distillation_reference(scores, attention, emphasis):
+def distillation_reference(scores, attention, emphasis, sample_weight=None):
     def distribution(row, printed):
         if emphasis is None:
             return log_softmax([printed(v) for v in row])
@@ -272,10 +277,11 @@ def distillation_reference(scores, attention, emphasis):
         return log_softmax([emphasis * (v - mean) / (deviation + 1e-6) for v in row])
 
     total = 0.0
-    for score_row, attention_row in zip(scores, attention, strict=True):
+    for i, (score_row, attention_row) in enumerate(zip(scores, attention, strict=True)):
         coarse = distribution(score_row, lambda v: 1 / (1 + math.exp(-v)))
         fine = distribution(attention_row, lambda v: v)
-        total += sum(math.exp(c) * (c - f) for c, f in zip(coarse, fine, strict=True))
+        weight = 1.0 if sample_weight is None else sample_weight[i]
+        total += weight * sum(math.exp(c) * (c - f) for c, f in zip(coarse, fine, strict=True))
     return total / len(scores)
 
 
@@ -286,14 +292,17 @@ def distillation_reference(scores, attention, emphasis):
     n=st.integers(1, 4),
     k=st.integers(1, 12),
     emphasis=st.sampled_from([None, 0.5, 2.0, 5.0]),
+    is_weighted=st.booleans(),
 )
-def test_distillation_follows_the_equation(seed, scale, dtype, n, k, emphasis):
+def test_distillation_follows_the_equation(seed, scale, dtype, n, k, emphasis, is_weighted):
     rng = np.random.default_rng(seed)
     scores = tensor(rng.normal(size=(n, k)) * scale, dtype)
     attention = tensor(rng.dirichlet(np.ones(k + 1), size=n)[:, :k], dtype)
-    loss = distillation_loss(scores, attention, emphasis=emphasis)
+    weight = tensor(rng.uniform(0, 3, n), dtype) if is_weighted else None
+    loss = distillation_loss(scores, attention, emphasis=emphasis, sample_weight=weight)
     assert loss.dtype == dtype
-    reference = distillation_reference(scores.tolist(), attention.tolist(), emphasis)
+    weights = None if weight is None else weight.tolist()
+    reference = distillation_reference(scores.tolist(), attention.tolist(), emphasis, weights)
     close(loss, reference, rtol=1e-3 if dtype == torch.float32 else 1e-9, atol=1e-6)
 
 
@@ -411,24 +420,34 @@ def test_float32_and_float64_agree(seed, weights):
 # --------------------------------------------------------------------------------- consistency
 
 
-def consistency_reference(logits):
+def consistency_reference(logits, sample_weight=None):
     """Both directions of KL, written out as sums of p log(p / q)."""
     n, total = len(logits) // 2, 0.0
-    for row, other in zip(logits[:n], logits[n:], strict=True):
+    for i, (row, other) in enumerate(zip(logits[:n], logits[n:], strict=True)):
         log_p, log_q = log_softmax(row), log_softmax(other)
         forth = sum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True))
         back = sum(math.exp(q) * (q - p) for p, q in zip(log_p, log_q, strict=True))
-        total += (forth + back) / 2
+        total += (1.0 if sample_weight is None else sample_weight[i]) * (forth + back) / 2
     return total / n
 
 
-@given(seed=seeds, scale=scales, dtype=dtypes, n=st.integers(1, 6), n_classes=st.integers(2, 5))
-def test_consistency_follows_the_equation(seed, scale, dtype, n, n_classes):
-    logits = tensor(np.random.default_rng(seed).normal(size=(2 * n, n_classes)) * scale, dtype)
-    loss = consistency_loss(logits)
+@given(
+    seed=seeds,
+    scale=scales,
+    dtype=dtypes,
+    n=st.integers(1, 6),
+    n_classes=st.integers(2, 5),
+    is_weighted=st.booleans(),
+)
+def test_consistency_follows_the_equation(seed, scale, dtype, n, n_classes, is_weighted):
+    rng = np.random.default_rng(seed)
+    logits = tensor(rng.normal(size=(2 * n, n_classes)) * scale, dtype)
+    weight = tensor(rng.uniform(0, 3, n), dtype).repeat(2) if is_weighted else None
+    loss = consistency_loss(logits, sample_weight=weight)
     assert loss.dtype == dtype
     assert loss >= 0
-    close(loss, consistency_reference(logits.tolist()), rtol=1e-4 if dtype == torch.float32 else 1e-10)
+    reference = consistency_reference(logits.tolist(), None if weight is None else weight.tolist())
+    close(loss, reference, rtol=1e-4 if dtype == torch.float32 else 1e-10)
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 5])
@@ -462,3 +481,77 @@ def test_consistency_knows_neither_order_nor_direction(seed):
     loss = consistency_loss(torch.cat([one, other]))
     for same in (torch.cat([other, one]), torch.cat([one[order], other[order]])):
         torch.testing.assert_close(consistency_loss(same), loss)
+
+
+# ------------------------------------------------------------------------------- sample weights
+
+TERMS = {
+    "focal": lambda rows, weight: focal_loss(rows["logits"], rows["target"], sample_weight=weight),
+    "contrastive": lambda rows, weight: contrastive_loss(
+        rows["logits"], rows["target"], sample_weight=weight
+    ),
+    "distillation": lambda rows, weight: distillation_loss(
+        rows["logits"], rows["attention"], sample_weight=weight
+    ),
+    # Row i of eight and row i + 4 are two views of an image.
+    "consistency": lambda rows, weight: consistency_loss(rows["logits"], sample_weight=weight),
+}
+
+
+def some_rows(seed, dtype=torch.float64):
+    rng = np.random.default_rng(seed)
+    return {
+        "logits": tensor(rng.normal(size=(8, 5)), dtype),
+        "target": torch.tensor([0, 1, 0, 1, 2, 2, 0, 1]),
+        "attention": tensor(rng.random((8, 5)), dtype),
+    }
+
+
+def views(term, weight):
+    """Both views of an image have one weight."""
+    return torch.cat([weight[:4], weight[:4]]) if term == "consistency" else weight
+
+
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_of_one_are_none(term, dtype):
+    rows = some_rows(0, dtype)
+    torch.testing.assert_close(TERMS[term](rows, torch.ones(8, dtype=dtype)), TERMS[term](rows, None))
+
+
+@pytest.mark.parametrize("term", ["contrastive", "distillation", "consistency"])
+@given(seed=seeds)
+def test_a_term_is_a_sum_over_rows_by_their_weights(term, seed):
+    """So a weight of 2 counts the term of a row twice, and a weight of 0 not at all."""
+    rows = some_rows(seed)
+    weight = tensor(np.random.default_rng(seed).uniform(0, 3, 8))
+    n_rows = 4 if term == "consistency" else 8
+    of_each = torch.stack([TERMS[term](rows, views(term, torch.eye(8).double()[i])) for i in range(n_rows)])
+    assert (of_each >= -1e-12).all()
+    close(TERMS[term](rows, views(term, weight)), (weight[:n_rows] @ of_each).item(), rtol=1e-9)
+    twice = torch.ones(8, dtype=torch.float64)
+    twice[2] = 2
+    close(TERMS[term](rows, views(term, twice)), (TERMS[term](rows, None) + of_each[2]).item(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_rows_without_weight_teach_nothing_of_their_own(term):
+    rows = some_rows(0)
+    rows["logits"].requires_grad_()
+    weight = views(term, torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0], dtype=torch.float64))
+    found = gradient(TERMS[term](rows, weight), rows["logits"])
+    silent = weight == 0
+    if term == "contrastive":  # to others they are still what is alike or not
+        assert found.any(1).all()
+    else:
+        assert not found[silent].any()
+        assert found[~silent].any(1).all()
+    assert not gradient(TERMS[term](rows, torch.zeros(8).double()), rows["logits"]).any()
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_gradient_with_weights(term):
+    rows = some_rows(1)
+    weight = views(term, tensor(np.random.default_rng(0).uniform(0, 2, 8)))
+    logits = rows["logits"].requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: TERMS[term]({**rows, "logits": x}, weight), logits)

@@ -1,5 +1,6 @@
 """What a batch costs, what a single row does, batch norm over the data, and what a fit starts from."""
 
+import contextlib
 import copy
 import random
 
@@ -12,10 +13,9 @@ from skorch.callbacks import PassthroughScoring
 from torch import nn
 
 from sklearn_sparseattn import SparseAttnClassifier
-from sklearn_sparseattn.datasets import make_cells
 from sklearn_sparseattn.images import ImageRows, PixelScale
-from sklearn_sparseattn.network import SparseAttnNet
-from sklearn_sparseattn.training import consistency_loss, contrastive_loss, distillation_loss, focal_loss, net
+from sklearn_sparseattn.network import SparseAttnNet, strides_for
+from sklearn_sparseattn.training import consistency_loss, contrastive_loss, distillation_loss, focal_loss
 from sklearn_sparseattn.training.batches import Batches, LabelledImages, dihedral
 from sklearn_sparseattn.training.net import (
     LOSS_TERMS,
@@ -28,8 +28,8 @@ from sklearn_sparseattn.training.net import (
 )
 from sklearn_sparseattn.training.setup import (
     class_weights,
+    k_defaults,
     label_images,
-    make_dynamic_k,
     make_generators,
     new_network,
 )
@@ -41,11 +41,10 @@ SETTINGS = {
     "contrastive_weight": 0.3,
     "temperature": 0.2,
     "distillation_weight": 0.7,
-    "distillation_emphasis": 1.5,
 }
 
 
-def make_network(seed=0, k=12, **options):
+def make_network(seed=0, k=40, **options):
     network = SparseAttnNet(1, 3, k, **options)
     network.reset_parameters(torch.Generator().manual_seed(seed))
     return network
@@ -62,7 +61,7 @@ def make_batch(n=7, seed=0):
 # ---- the loss ----
 
 
-@pytest.mark.parametrize("variant", ["context", "paper"])
+@pytest.mark.parametrize("variant", ["tiles", "paper"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -70,7 +69,7 @@ def make_batch(n=7, seed=0):
         {"contrastive_weight": 0.0},
         {"distillation_weight": 0.0},
         {"contrastive_weight": 0.0, "distillation_weight": 0.0},
-        {"distillation_emphasis": None, "focal_gamma": 0.0},
+        {"focal_gamma": 0.0},
         {"consistency_weight": 0.6},
     ],
     ids=str,
@@ -87,10 +86,12 @@ def test_total_is_the_weighted_sum_of_the_terms(changes, variant):
     rows = -ALPHA[target] * (1 - log_p.exp()) ** settings["focal_gamma"] * log_p
     focal = (weight * rows).sum() / len(target)  # sum(w l) / B, not / sum(w)
     torch.testing.assert_close(terms["focal_loss"].double(), focal, rtol=1e-5, atol=1e-6)
-    contrastive = contrastive_loss(output.features, target, temperature=settings["temperature"])
+    contrastive = contrastive_loss(
+        output.features, target, temperature=settings["temperature"], sample_weight=weight
+    )
     torch.testing.assert_close(terms["contrastive_loss"], contrastive)
-    chosen = torch.stack([image.flatten()[p] for image, p in zip(output.scores, output.pixels, strict=True)])
-    distillation = distillation_loss(chosen, output.attention, emphasis=settings["distillation_emphasis"])
+    chosen = torch.stack([image.flatten()[t] for image, t in zip(output.scores, output.tiles, strict=True)])
+    distillation = distillation_loss(chosen, output.attention, sample_weight=weight)
     torch.testing.assert_close(terms["distillation_loss"], distillation)
     total = (
         terms["focal_loss"]
@@ -98,7 +99,7 @@ def test_total_is_the_weighted_sum_of_the_terms(changes, variant):
         + settings["distillation_weight"] * distillation
     )
     if "consistency_weight" in settings:  # then the batch is four images and other views of them
-        consistency = consistency_loss(output.logits)
+        consistency = consistency_loss(output.logits, sample_weight=weight)
         torch.testing.assert_close(terms["consistency_loss"], consistency)
         assert consistency > 0
         total = total + 0.6 * consistency
@@ -114,7 +115,21 @@ def test_total_is_the_weighted_sum_of_the_terms(changes, variant):
         one, other = (torch.zeros_like(p) if g is None else g for g in (one, other))
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=name)
         if name == "coarse.score.weight":
-            assert one.any() == (variant == "context" or bool(settings["distillation_weight"]))
+            assert one.any() == (variant == "tiles" or bool(settings["distillation_weight"]))
+
+
+@pytest.mark.parametrize("name", [*LOSS_TERMS, "total"])
+def test_sample_weights_reach_every_term(name):
+    """Twice the weights are twice the loss, and a row without weight has no part in it but as a neighbour."""
+    images, target, weight = make_batch(8)
+    weight = weight[:4].repeat(2)  # two views of four images
+    output = make_network().train()(images)
+    loss = SparseAttnLoss(**SETTINGS, consistency_weight=0.6)
+    whole = loss(output, target, weight)[name]
+    assert whole > 0
+    torch.testing.assert_close(loss(output, target, 2 * weight)[name], 2 * whole)
+    of_each = [loss(output, target, weight * torch.eye(4)[i].repeat(2))[name] for i in range(4)]
+    torch.testing.assert_close(sum(of_each), whole)
 
 
 def test_weights_keep_their_meaning_from_batch_to_batch():
@@ -286,6 +301,13 @@ def test_every_batch_norm_is_renewed_and_momentum_restored():
     assert all(p.grad is None for p in network.parameters())
 
 
+@pytest.mark.parametrize("n_batches", [1, 3, 7])
+def test_recomputing_leaves_k_as_it_is(n_batches):
+    network = make_network(k=23.4)
+    recompute_batch_norm(network, [make_batch(seed=s)[:1] for s in range(n_batches)], torch.device("cpu"))
+    assert network.k.item() == 23.4
+
+
 def test_a_batch_of_one_row_is_left_out():
     images = make_batch(9)[0]
     alone, among = make_network(), make_network()
@@ -318,18 +340,23 @@ def test_running_statistics_keep_up_with_the_weights():
     assert [norm.momentum for norm in norms] == [0.1] * len(norms)
 
 
-def test_validation_means_something_while_weights_move_fast(monkeypatch):
-    """At the usual momentum its loss is far higher, with the classes guessed by chance."""
-    cells = make_cells(130, modality="opd", image_size=64, random_state=0)
-    losses = {}
-    for momentum in (net._MOMENTUM, 0.1):
-        monkeypatch.setattr(net, "_MOMENTUM", momentum)
-        fits = [SparseAttnClassifier(max_epochs=20, random_state=seed) for seed in range(1, 4)]
-        for clf in fits:
-            clf.fit(cells.images[:70], cells.target[:70], X_val=cells.images[70:], y_val=cells.target[70:])
-        losses[momentum] = np.mean([clf.history_["valid_loss"] for clf in fits])
-    ours, usual = losses.values()
-    assert ours < 0.75 * usual
+def test_validation_means_something_while_weights_move_fast():
+    """Logits by the running statistics are near those by the batch's own, at the usual momentum far off."""
+    images, target, weight = make_batch(24)
+    off = {}
+    for name, context in (("ours", keeping_up), ("usual", contextlib.nullcontext)):
+        network, off[name] = make_network(), []
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
+        with context(network):
+            for _ in range(25):
+                optimizer.zero_grad()
+                SparseAttnLoss(**SETTINGS)(network.train()(images), target, weight)["total"].backward()
+                optimizer.step()
+                with torch.no_grad():
+                    own = copy.deepcopy(network).train()(images).logits
+                    off[name].append((network.eval()(images).logits - own).abs().mean().item())
+    assert np.mean(off["ours"]) < 0.5 * np.mean(off["usual"])
+    assert off["ours"][-1] < 0.5 * off["usual"][-1]
 
 
 def test_momentum_is_restored_after_an_exception():
@@ -337,6 +364,7 @@ def test_momentum_is_restored_after_an_exception():
 
     def batches():
         yield make_batch()[:1]
+        yield make_batch()[:1]  # at another k than its own
         raise RuntimeError("disk gone")
 
     with pytest.raises(RuntimeError, match="disk gone"):
@@ -344,6 +372,7 @@ def test_momentum_is_restored_after_an_exception():
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     assert [norm.momentum for norm in norms] == [0.1] * len(norms)
     assert not any(norm.training for norm in norms)
+    assert network.k.item() == 40
 
 
 # ---- what a fit starts from ----
@@ -385,7 +414,7 @@ def test_random_state_that_is_none():
 @pytest.mark.parametrize(
     ("image_shape", "steps", "k"),
     [
-        ((135, 135, 1), (2, 4), 8000),
+        ((135, 135, 1), (2, 4), 8000 / 18225 * 34 * 34 * 16),
         ((20, 20, 3), (1, 2), 8000 / 18225 * 400),
         ((8, 9, 1), (1, 1), 8000 / 18225 * 72),
     ],
@@ -403,30 +432,25 @@ def test_new_network_suits_the_images(image_shape, steps, k):
     assert network.fine.cls_token.shape == (1, 1, 9)
     assert network.fusion.out.in_features == 10
     assert network.k.item() == 7
-    assert network.context is not None
-    paper = new_network({**PARAMS, "variant": "paper"}, image_shape, 5, torch.Generator().manual_seed(0))
-    assert paper.context is None
-    assert paper.eval()(torch.zeros(1, channels, height, width)).features.shape == (1, 32 + 48)
+    assert network.form["strides"] == strides_for(height, width)
+    images = torch.zeros(1, channels, height, width)
+    for own, n_features in (({}, 64 + 32), ({"size": "large"}, 64 + 64), ({"variant": "paper"}, 32 + 48)):
+        other = new_network(PARAMS | own, image_shape, 5, torch.Generator().manual_seed(0)).eval()
+        assert own.items() <= other.form.items()
+        assert other(images).features.shape == (1, n_features)
 
 
-@pytest.mark.parametrize("gate_init", [0.1, 0.5, 0.88])
-def test_gates_begin_as_told(gate_init):
-    """Where features say nothing; no other weight is another, and the paper's form has no gates."""
-    networks = {
-        variant: new_network(
-            {**PARAMS, "gate_init": gate_init, "variant": variant},
-            *((16, 16, 1), 3, torch.Generator().manual_seed(0)),
-        )
-        for variant in ("context", "paper")
-    }
-    assert networks["paper"].coarse.score.bias.item() == 0
-    network = networks["context"].eval()
-    plain = new_network(PARAMS, (16, 16, 1), 3, torch.Generator().manual_seed(0))
-    for (name, one), other in zip(plain.named_parameters(), network.parameters(), strict=True):
-        assert torch.equal(one, other) or name == "coarse.score.bias"
-    nn.init.zeros_(network.coarse.score.weight)
-    scores = network(torch.rand(2, 1, 16, 16)).scores
-    torch.testing.assert_close(scores.sigmoid(), torch.full_like(scores, gate_init))
+def test_maps_come_as_tiles_are_gathered_from_them():
+    network = new_network(PARAMS, (40, 40, 3), 5, torch.Generator().manual_seed(0)).eval()
+    look = network.coarse.look(torch.rand(2, 3, 40, 40))
+    assert all(cells.is_contiguous(memory_format=torch.channels_last) for cells in look.maps)
+
+
+@pytest.mark.parametrize("name", ["embed_dim", "n_heads", "hidden_dim"])
+def test_a_network_that_cannot_be_made_is_named(name):
+    params = {**PARAMS, name: 10**12}
+    with pytest.raises(ValueError, match=f"{name}=1000000000000"):
+        new_network(params, (40, 40, 1), 5, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 7), (2, 2), (9, 6)])
@@ -446,14 +470,14 @@ def test_background_is_the_mean_of_the_outermost_pixels(height, width, dtype):
     assert all(torch.equal(*pair) for pair in zip(network.parameters(), other.parameters(), strict=True))
 
 
-def test_dynamic_k_takes_the_parameters_by_name():
-    names = {"k_min": 3, "k_max": 0.5, "k_shrink": 4, "k_grow": 5, "ema_decay": 0.6, "k_momentum": 0.7}
-    callback = make_dynamic_k({**PARAMS, **names, "k_update": "batch"}, 100)
-    found = callback.get_params()
-    expected = {"k_min": 3, "k_max": 0.5, "shrink": 4, "grow": 5, "ema_decay": 0.6, "momentum": 0.7}
-    assert expected.items() <= found.items()
-    assert found["update"] == "batch"
-    assert found["n_pixels"] == 100
+def test_k_defaults_are_parameters_by_name():
+    """Shares are those of whole tiles; a number of pixels that is the whole image means all tiles."""
+    params = PARAMS | {"k_min": 3, "k_max": 0.5, "k_tolerance": 0.2}
+    network = new_network(PARAMS, (135, 130, 1), 2, torch.Generator().manual_seed(0))
+    expected = {"k_min": 3, "k_max": 0.5, "tolerance": 0.2, "n_pixels": 34 * 33 * 16}
+    assert k_defaults(params, network, (135, 130, 1)) == expected
+    everything = params | {"k_max": 135 * 130}
+    assert k_defaults(everything, network, (135, 130, 1)) == expected | {"k_max": 1.0}
 
 
 def with_weights(target, weight):
