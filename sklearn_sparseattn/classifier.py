@@ -257,8 +257,10 @@ class SparseAttnClassifier(FittedNetwork):
         SparseAttnClassifier
             The published network, losses, rule of k and optimiser; the rest as by default.
         """
-        rule = DynamicK.paper(k_min=None, k_max=None)
-        return cls(**{**PUBLISHED, "callbacks": [rule], **params})
+        callbacks = params.pop("callbacks", ())
+        if callbacks is not None and given_rule(callbacks) is None:
+            callbacks = [DynamicK.paper(k_min=None, k_max=None), *callbacks]
+        return cls(**{**PUBLISHED, "callbacks": callbacks, **params})
 
     @all_or_nothing
     def fit(self, X, y, sample_weight=None, *, X_val=None, y_val=None):

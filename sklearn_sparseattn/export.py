@@ -21,7 +21,7 @@ from .images import ImageShape
 from .inference import is_plain
 from .network.fine import EPSILON
 from .network.selection import LEAST, n_closing
-from .parameters import capped, to_pixels
+from .parameters import capped, check_predict_k, to_pixels
 from .persistence import plain_labels
 
 _DTYPES = ("uint8", "uint16", "float32")
@@ -108,7 +108,9 @@ def export_onnx(
         raise ImportError("export_onnx needs onnx: pip install 'sklearn-sparseattn[onnx]'") from error
 
     k = estimator.predict_k
-    k = None if k is None else to_pixels(capped(k, shape[0] * shape[1]), network.area_of(*shape[:2]))
+    if k is not None:
+        check_predict_k(k)
+        k = to_pixels(capped(k, shape[0] * shape[1]), network.area_of(*shape[:2]))
     n_chosen = network.n_chosen(math.prod(network.grid_of(*shape[:2])), k)
     graph = _Graph(onnx)
     images = _scaled(graph, shape, data_range)

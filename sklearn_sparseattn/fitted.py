@@ -31,7 +31,7 @@ from .inference import (
     run,
 )
 from .network import SparseAttnNet, SparseAttnOutput
-from .parameters import capped, is_count_or_share, to_pixels
+from .parameters import capped, check_predict_k, to_pixels
 
 
 def all_or_nothing(fit: Callable) -> Callable:
@@ -377,7 +377,10 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
         return images
 
     def _run(self, images: ImageRows, *, maps: bool = False) -> Iterator[tuple[slice, SparseAttnOutput]]:
-        scale, n_threads = PixelScale(self.data_range_), effective_n_jobs(self.n_jobs)
+        scale = PixelScale(self.data_range_)
+        # To count the processors takes as long as to predict an image.
+        is_alone = len(images) == 1 and self.n_jobs != 0
+        n_threads = 1 if is_alone else effective_n_jobs(self.n_jobs)
         k = self._predicting_k()
         return run(self._engine, self.network_, images, scale, k=k, maps=maps, n_threads=n_threads)
 
@@ -385,11 +388,7 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
         """Pixels to choose of an image, as `predict_k` is now."""
         if self.predict_k is None:
             return float(self.network_.k)
-        if not is_count_or_share(self.predict_k):
-            raise ValueError(
-                f"predict_k={self.predict_k!r} must be None, a number of pixels (int >= 1) or a share of "
-                "them (float in (0, 1])."
-            )
+        check_predict_k(self.predict_k)
         height, width, _ = self.image_shape_
         return to_pixels(capped(self.predict_k, height * width), self.network_.area_of(height, width))
 

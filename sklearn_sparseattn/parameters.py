@@ -38,6 +38,26 @@ def is_count_or_share(value: Any, *, least: int = 1) -> bool:
     return value >= least if is_int(value) else _is_share(value)
 
 
+def check_predict_k(value: Any) -> None:
+    """Refuse what `predict_k` cannot be, as `set_params` lets anything in.
+
+    Parameters
+    ----------
+    value : object
+        Not None.
+
+    Raises
+    ------
+    ValueError
+        If it is neither a number of pixels nor a share of them.
+    """
+    if not is_count_or_share(value):
+        raise ValueError(
+            f"predict_k={value!r} must be None, a number of pixels (int >= 1) or a share of them (float in "
+            "(0, 1])."
+        )
+
+
 def capped(count: float, n_pixels: int) -> float:
     """Turn a number of pixels that is all of them into the share 1.0; leave other counts as they are.
 

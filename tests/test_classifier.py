@@ -25,8 +25,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
+from skorch.callbacks import EpochTimer
 
 from sklearn_sparseattn import DynamicK, SparseAttnClassifier
+from sklearn_sparseattn.training.loss_trend_k import LossTrendK
 
 SIDE = 12
 
@@ -1386,3 +1388,22 @@ def test_row_order_does_not_bias_batch_norm():
         hidden = clf.network_.fusion.first[0](features)
     ratio = (norm.running_var / hidden.var(0)).median()
     assert 0.7 < ratio < 1.4
+
+
+def test_the_published_rule_stays_beside_other_callbacks():
+    other, own = EpochTimer(), DynamicK()
+    callbacks = SparseAttnClassifier.paper(callbacks=[other]).callbacks
+    assert isinstance(callbacks[0], LossTrendK)
+    assert callbacks[1] is other
+    assert SparseAttnClassifier.paper(callbacks=[own]).callbacks == [own]
+
+
+def test_two_rules_of_k_are_refused():
+    with pytest.raises(ValueError, match="hold 2 DynamicK: give one"):
+        quick(callbacks=[DynamicK(), ("second", DynamicK())]).fit(X, Y)
+
+
+def test_k_leaves_its_lower_bound_where_more_pixels_are_worth_it():
+    """There, too, a doubling is looked at; one tile is the least."""
+    clf = quick(max_epochs=12, k_init=0.02, k_min=0.02, k_tolerance=0.0).fit(X, Y)
+    assert (clf.history_["loss_at_half_k"] != clf.history_["loss_at_k"]).any()

@@ -219,3 +219,11 @@ def test_the_classifier_stays_as_it_is(tmp_path):
     assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
     assert {tensor.dtype for tensor in clf.network_.parameters()} == {torch.float32}
     np.testing.assert_array_equal(clf.predict_proba(images), before)
+
+
+@pytest.mark.parametrize("k", [0, -3, 2.5])
+def test_a_number_of_pixels_that_cannot_be_is_refused(k, tmp_path):
+    clf = drawn((16, 16, 1)).set_params(predict_k=k)
+    with pytest.raises(ValueError, match=f"predict_k={k} must be None"):
+        export_onnx(clf, tmp_path / "cells.onnx")
+    assert not list(tmp_path.iterdir())

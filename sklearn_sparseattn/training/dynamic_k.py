@@ -86,9 +86,9 @@ class DynamicK(Callback):
     otherwise from k / 2 to 2 k. One network then serves any k, and each tile has its turn to teach the
     scores.
 
-    On some batches, before they are trained, the loss is computed with k / 2 (with k_min where that is more)
-    and with k: `net.get_loss` without gradient, in training mode, with the running statistics held. With d
-    the difference and beta = 0.97 for each comparison,
+    On some batches, before they are trained, the loss is computed with k / 2 and with k (with k_min and twice
+    as many where k / 2 is less): `net.get_loss` without gradient, in training mode, with the running
+    statistics held. With d the difference and beta = 0.97 for each comparison,
 
     1. worth <- beta worth + (1 - beta) d, and likewise its variance, from which comes its standard error,
        the noise.
@@ -349,11 +349,12 @@ class DynamicK(Callback):
             self.centre_ = None
 
     def _begin_batch(self, net: NeuralNet, batch: Any) -> None:
-        low, _ = self._bounds()
+        low, high = self._bounds()
         k = read_k(net.module_)
         every = max(_EVERY, self.n_per_epoch_ // self.n_checks)
         if self.n_seen_ % every == 0 and len(self.compared_) < self.n_checks:
-            self._compare(net, batch, max(k / 2, low), k)
+            more = min(max(k, 2 * low), high)  # at the lower bound, too, a doubling is looked at
+            self._compare(net, batch, max(more / 2, low), more)
         self.n_batches_ += 1
         self.n_seen_ += 1
         self.centre_ = k
@@ -368,19 +369,18 @@ class DynamicK(Callback):
             low, high = max(low, k / 2), min(high, 2 * k)
         return clip(math.exp(self.rng_.uniform(math.log(low), math.log(high))), low, high)
 
-    def _compare(self, net: NeuralNet, batch: Any, fewer: float, k: float) -> None:
-        """Compute the losses of a batch with k and with fewer pixels; the module has k afterwards."""
+    def _compare(self, net: NeuralNet, batch: Any, fewer: float, more: float) -> None:
+        """Compute the losses of a batch with fewer and with more pixels, which the module has afterwards."""
         images, target = unpack_data(batch)
         if len(target if isinstance(target, Tensor) else target[0]) < 2:  # batch norm needs two rows
             return
         losses = []
         net._set_training(True)
         with torch.no_grad(), held_statistics(net.module_):
-            for count in (fewer, k):
+            for count in (fewer, more):
                 write_k(net.module_, count)
                 output = net.infer(images)
                 losses.append(float(net.get_loss(output, target, X=images, training=False)))
-        write_k(net.module_, k)
         if not all(map(math.isfinite, losses)):
             return
         self.compared_.append((losses[0], losses[1]))

@@ -322,9 +322,17 @@ def given_rule(callbacks: Sequence[Any] | None) -> DynamicK | None:
     Returns
     -------
     DynamicK or None
-        The first one.
+        If there is one.
+
+    Raises
+    ------
+    ValueError
+        If there are several: they would move the same k.
     """
-    return next((c for _, c in _given_callbacks(callbacks) if isinstance(c, DynamicK)), None)
+    rules = [callback for _, callback in _given_callbacks(callbacks) if isinstance(callback, DynamicK)]
+    if len(rules) > 1:
+        raise ValueError(f"callbacks={list(callbacks or ())!r} hold {len(rules)} DynamicK: give one.")
+    return rules[0] if rules else None
 
 
 def _interrupted(n_epochs: int, max_epochs: int, best: int, checkpoint: Checkpoint | None) -> None:

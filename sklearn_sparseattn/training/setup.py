@@ -15,7 +15,7 @@ from sklearn.utils.multiclass import check_classification_targets
 
 from ..images import ImageRows, ImageShape, PixelScale, chunk_slices
 from ..network import SparseAttnNet, strides_for
-from ..parameters import capped, to_pixels
+from ..parameters import capped, is_int, to_pixels
 from .batches import LabelledImages
 
 _MOST = float(np.finfo(np.float32).max)
@@ -148,8 +148,9 @@ def k_defaults(params: Mapping[str, Any], network: SparseAttnNet, image_shape: I
         ``k_min``, ``k_max``, ``tolerance``, ``n_pixels``.
     """
     height, width, _ = image_shape
+    k_min = capped(params["k_min"], height * width)
     return {
-        "k_min": capped(params["k_min"], height * width),
+        "k_min": max(k_min, network.tile**2) if is_int(k_min) else k_min,  # a tile at least: no k is below
         "k_max": capped(params["k_max"], height * width),
         "tolerance": params["k_tolerance"],
         "n_pixels": network.area_of(height, width),

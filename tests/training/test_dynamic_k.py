@@ -210,9 +210,10 @@ class Reference:
             for batch in range(3):
                 if self.n_seen % every == 0 and len(losses) < self.n_checks:
                     rows = range(4 * batch, 4 * batch + 4)
+                    more = min(max(self.k, 2 * self.low), self.high)
                     pair = [
                         sum(self.law(k, float(row)) for row in rows) / 4
-                        for k in (max(self.k / 2, self.low), self.k)
+                        for k in (max(more / 2, self.low), more)
                     ]
                     losses.append(pair)
                     self.differences.append(pair[0] - pair[1])

@@ -474,7 +474,7 @@ def test_k_defaults_are_parameters_by_name():
     """Shares are those of whole tiles; a number of pixels that is the whole image means all tiles."""
     params = PARAMS | {"k_min": 3, "k_max": 0.5, "k_tolerance": 0.2}
     network = new_network(PARAMS, (135, 130, 1), 2, torch.Generator().manual_seed(0))
-    expected = {"k_min": 3, "k_max": 0.5, "tolerance": 0.2, "n_pixels": 34 * 33 * 16}
+    expected = {"k_min": 16, "k_max": 0.5, "tolerance": 0.2, "n_pixels": 34 * 33 * 16}
     assert k_defaults(params, network, (135, 130, 1)) == expected
     everything = params | {"k_max": 135 * 130}
     assert k_defaults(everything, network, (135, 130, 1)) == expected | {"k_max": 1.0}
