@@ -429,13 +429,12 @@ class SparseAttnClassifier(FittedNetwork):
         return Checkpoint(self.checkpoint_dir, name)
 
     def _train(self, network, training, held_out, rng, device, settings, **going_on) -> TrainingResult:
-        params = self.get_params(deep=False)
         return train(
             network,
             training,
             held_out,
             settings,
-            k_defaults=k_defaults(params, network, self.image_shape_),
+            k_defaults=k_defaults(self.get_params(deep=False), network, self.image_shape_),
             class_weight=class_weights(self.class_weight, self.classes_, training),
             augment=dihedral if self.augment == "dihedral" else self.augment,
             rng=rng,
