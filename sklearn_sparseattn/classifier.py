@@ -51,7 +51,7 @@ class SparseAttnClassifier(FittedNetwork):
     k_tolerance : float, default=0.001
         Training loss, in nats, by which k must be better than half as many pixels to grow, see `DynamicK`.
     predict_k : int or float, default=None
-        Number of pixels that a fitted estimator chooses, as `k_init`; read at prediction. None is `k_`.
+        Pixels that a fitted estimator chooses, best near `k_`; read at prediction. None is `k_`.
     variant : {"tiles", "paper"}, default="tiles"
         What a token is: a tile of pixels with the coarse features around it, or a pixel, its position and
         values, as printed in [1]_. `paper` has all of the published configuration.

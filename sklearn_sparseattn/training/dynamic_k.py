@@ -83,8 +83,8 @@ class DynamicK(Callback):
     -----
     With rate the learning rate divided by `highest_rate_`, each batch is trained with another k, drawn
     log-uniformly: from the whole range (but not below a 64th of k_max) with a probability of max(rate, 1/4),
-    otherwise from k / 2 to 2 k. One network then serves any k, and each tile has its turn to teach the
-    scores.
+    otherwise from k / 2 to 2 k. A network then serves k near its own, too, and each tile has its turn to
+    teach the scores.
 
     On some batches, before they are trained, the loss is computed with k / 2 and with k (with k_min and twice
     as many where k / 2 is less): `net.get_loss` without gradient, in training mode, with the running

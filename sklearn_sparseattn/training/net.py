@@ -17,7 +17,7 @@ from .losses import consistency_loss, contrastive_loss, distillation_loss, focal
 LOSS_TERMS = ("focal_loss", "contrastive_loss", "distillation_loss", "consistency_loss")
 
 _MOMENTUM = 0.5  # of running statistics in training; after it they are computed anew
-# Statistics are those of several k, so that a fitted network serves any of them.
+# Statistics are those of several k, so that a fitted network serves k near its own, too.
 _OCTAVES = (0.0, -1.0, 1.0, -0.5, 0.5)
 _ROUNDING = 1e-5  # of float32 sums, with a margin
 
@@ -262,7 +262,7 @@ def recompute_batch_norm(network: SparseAttnNet, batches: Any, device: torch.dev
     """Replace the running statistics of batch norm by those over `batches`, at the weights as they are.
 
     During training they trail behind the weights, and mix the values of k it went through. Here k goes from
-    half to twice the network's own, from batch to batch, so that predictions with any such k are good.
+    half to twice the network's own, from batch to batch: statistics depend on it.
 
     Parameters
     ----------
