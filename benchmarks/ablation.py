@@ -25,7 +25,6 @@ from skorch.callbacks import Callback
 from sklearn_sparseattn import DynamicK
 from sklearn_sparseattn.network import SparseAttnNet, SparseAttnOutput, TileTokens
 from sklearn_sparseattn.network.sparse_attn_net import SIZES
-from sklearn_sparseattn.training.counts import write_k
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "ablation.json", HERE / "README.md"
@@ -66,8 +65,9 @@ class Withheld(SparseAttnNet):
         """As that of SparseAttnNet, but for these."""
         scores, z_coarse, maps = self.coarse.look(images)
         tiles = self.choose(images, scores)
-        tokens = self.tile_tokens(scores, maps, tiles)
-        z_fine, attention, contribution = self.fine.attend(tokens, self.tokens.out)
+        kept = self.kept(tiles, scores[0].numel())
+        tokens = self.tile_tokens(scores, maps, tiles, kept)
+        z_fine, attention, contribution = self.fine.attend(tokens, self.tokens.out, kept)
         parts = {"pooled": self.fine_norm(z_fine), "maximum": tokens.amax(1), "coarse": z_coarse}
         features = torch.cat(
             [torch.zeros_like(part) if name in self.withheld else part for name, part in parts.items()], dim=1
@@ -96,9 +96,9 @@ class NoCoarse(Withheld):
 class Open(SparseAttnNet):
     """No gate closes towards the threshold of the choice."""
 
-    def openness(self, scores, tiles):
+    def openness(self, scores, tiles, kept=None):
         """1 throughout."""
-        return torch.ones_like(tiles, dtype=scores.dtype)
+        return torch.ones_like(tiles, dtype=scores.dtype) * (1 if kept is None else kept)
 
 
 class RandomTiles(Open):
@@ -121,15 +121,14 @@ def with_layers(n_layers, network):
 
 
 class Undrawn(DynamicK):
-    """k by worth, but each batch is trained with k itself."""
+    """k by worth, but each image is trained with k itself."""
 
-    def _begin_batch(self, net, batch):
-        super()._begin_batch(net, batch)
-        write_k(net.module_, self.centre_)
+    def draw(self, k, n, exploring=None):
+        """None is drawn."""
 
 
 def held(share, *changes):
-    """Hold k at a share of the pixels; batches are trained with k drawn about it, as by default."""
+    """Hold k at a share of the pixels; images are trained with k drawn about it, as by default."""
     return {"k_init": share, "callbacks": [DynamicK(step=1e-12), *changes]}
 
 

@@ -316,7 +316,7 @@ class SparseAttnClassifier(FittedNetwork):
             settings = TrainingSettings.from_params(self.get_params(deep=False))
             result = self._train(network, training, held_out, rng, device, settings, checkpoint=checkpoint)
             # Shuffled: rows may come sorted by class, and the statistics are those of batches.
-            recompute_batch_norm(network, Batches(training, self.batch_size, rng), device)
+            recompute_batch_norm(network, Batches(training, self.batch_size, rng), device, result.draw)
             self._finish(network, result, fresh)
             self._resume = None
             if checkpoint is not None and not result.interrupted:

@@ -19,7 +19,6 @@ from .classifier import SparseAttnClassifier
 from .files import resolve_target, write_whole
 from .images import ImageShape
 from .inference import is_plain
-from .network.fine import EPSILON
 from .network.selection import LEAST, n_closing
 from .parameters import capped, check_predict_k, to_pixels
 from .persistence import plain_labels
@@ -389,10 +388,10 @@ def _fine(graph: _Graph, network: Any, tokens: str, n_tokens: int) -> str:
     weight, _, query, cls_key = fine.fold(None)
     keys = graph.add("Relu", graph.add("MatMul", tokens, graph.constant(_array(weight).T)))
     total = graph.add("ReduceSum", keys, graph.whole(1), keepdims=1)
-    total = graph.add("Add", total, graph.constant(n_tokens * EPSILON + _array(cls_key)))
+    total = graph.add("Add", total, graph.constant(n_tokens * fine.epsilon + _array(cls_key)))
     readout = graph.add("Div", graph.constant(_array(query)), total)  # (n, 1, width)
     weights = graph.add("MatMul", readout, graph.add("Transpose", keys, perm=[0, 2, 1]))
-    weights = graph.add("Add", weights, graph.add("Mul", graph.sum(readout), graph.constant(EPSILON)))
+    weights = graph.add("Add", weights, graph.add("Mul", graph.sum(readout), graph.constant(fine.epsilon)))
     of_cls = graph.sum(graph.add("Mul", readout, graph.constant(_array(cls_key))))
     of_cls = graph.add("Mul", of_cls, graph.constant(_array(fine.cls_token)))
     pooled = graph.add("Add", graph.add("MatMul", weights, tokens), of_cls)

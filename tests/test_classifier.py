@@ -513,7 +513,7 @@ def test_weights_reach_every_term_of_the_loss():
     """Each term is a mean by weight: linear in weights of mean 1."""
     views = {"augment": lambda images, rng: images * rng.uniform(0.5, 1, (len(images), 1, 1, 1)).astype("f4")}
     rng = np.random.default_rng(0)
-    weights = [weight / weight.mean() for weight in rng.uniform(0.1, 2, (2, 90)) ** 3]
+    weights = [weight / weight.mean() for weight in rng.uniform(0.1, 2, (2, 90)) ** 6]
     one, other, mixed, none = (
         terms_of_the_first_step(weight=weight, consistency_weight=1, **views)
         for weight in (*weights, 0.3 * weights[0] + 0.7 * weights[1], None)

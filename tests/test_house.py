@@ -83,7 +83,7 @@ PUBLIC = {
         "TileTokens",
     },
     f"{NAME}.training": {"focal_loss", "contrastive_loss", "distillation_loss", "consistency_loss"},
-    f"{NAME}.datasets": {"make_cells", "load_image_folder"},
+    f"{NAME}.datasets": {"make_cells", "make_fields", "load_image_folder"},
 }
 
 MAX_FILE_LINES = 450

@@ -570,9 +570,9 @@ STAGE void choose(const Scratch *s, int32_t n) {
     for (int32_t i = 0; i < n; i++) s->weights[i] = s->scores[tiles[i]];
     if (n < n_all) {
         make_keys(s->weights, n, s->chosen_keys);
-        int32_t closing = 0.1 * n + 0.5, rank = n - (closing > 1 ? closing : 1);
+        int32_t closing = (n + 5) / 10, rank = n - (closing > 1 ? closing : 1);
         width = score_of(highest(s->chosen_keys, n, rank > 1 ? rank : 1)) - best_left;
-        width = width > 0.02f ? width : 0.02f;
+        width = width > 0.05f ? width : 0.05f;
     }
     for (int32_t i = 0; i < n; i += LANES) {
         lanes score = load(s->weights + i), open = all(1);

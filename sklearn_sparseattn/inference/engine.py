@@ -16,7 +16,6 @@ from torch import nn
 
 from ..images import ImageShape, PixelScale
 from ..network import CoarseAttention, FineAttention, FusionClassifier, SparseAttnNet, TileTokens
-from ..network.fine import EPSILON
 from .library import MOST_LAYERS, Plan, Results, load_or_warn
 
 PARTS = ("coarse", "selection", "tokens", "head")  # whose time is taken
@@ -252,11 +251,11 @@ class Engine:
     def _put_attention(self, plan: Plan, fine: FineAttention, out: nn.Linear, norm: nn.LayerNorm) -> None:
         key, value, cls = _array(fine.key.weight), _array(fine.value.weight), _array(fine.cls_token).ravel()
         weight, bias = _array(out.weight), _array(out.bias)
-        plan.key_epsilon, plan.norm_epsilon = EPSILON, norm.eps
+        plan.key_epsilon, plan.norm_epsilon = fine.epsilon, norm.eps
         columns = _round_up(plan.n_keys)
         plan.key = self._keep((key @ weight).T, columns=columns)
         plan.key_bias = self._keep(key @ bias, columns=columns)
-        plan.cls_key = self._keep(np.maximum(key @ cls, 0) + EPSILON, columns=columns)
+        plan.cls_key = self._keep(np.maximum(key @ cls, 0) + fine.epsilon, columns=columns)
         plan.query = self._keep(_array(fine.query.weight) @ cls / fine.n_heads, columns=columns)
         columns = _round_up(plan.embed_dim)
         plan.value = self._keep((value @ weight).T, columns=columns)

@@ -1,10 +1,10 @@
 """Fine attention: tokens of the chosen pixels, pooled by a CLS token at a cost linear in k (eq. 4-13)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-EPSILON = 1e-6
 
 
 class PixelEmbedding(nn.Module):
@@ -75,6 +75,8 @@ class FineAttention(nn.Module):
         Length D of a token.
     n_heads : int, default=2
         Heads, at most `embed_dim`; each has ``embed_dim // n_heads`` columns.
+    epsilon : float, default=1e-6
+        Added to the keys, > 0. In a column whose keys are as small as this, rounding decides the shares.
 
     Raises
     ------
@@ -99,13 +101,14 @@ class FineAttention(nn.Module):
     (torch.Size([4, 32]), torch.Size([4, 100]))
     """
 
-    def __init__(self, embed_dim: int = 32, n_heads: int = 2) -> None:
+    def __init__(self, embed_dim: int = 32, n_heads: int = 2, epsilon: float = 1e-6) -> None:
         super().__init__()
         if not 1 <= n_heads <= embed_dim:
             raise ValueError(
                 f"n_heads={n_heads} does not fit embed_dim={embed_dim}: 1 <= n_heads <= embed_dim."
             )
         self.n_heads = n_heads
+        self.epsilon = epsilon
         width = n_heads * (embed_dim // n_heads)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.query = nn.Linear(embed_dim, width, bias=False)
@@ -141,7 +144,9 @@ class FineAttention(nn.Module):
         z_fine, attention, _ = self.attend(tokens)
         return z_fine, attention
 
-    def attend(self, tokens: Tensor, projection: nn.Linear | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(
+        self, tokens: Tensor, projection: nn.Linear | None = None, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Pool the tokens, and say with what signed weight each entered.
 
         Parameters
@@ -151,6 +156,8 @@ class FineAttention(nn.Module):
         projection : nn.Linear, default=None
             The last linear layer of the embedding. It is folded into the keys and applied once to the pooled
             tokens instead of to each.
+        kept : Tensor of shape (B, k), bool, default=None
+            Which tokens there are; None is all.
 
         Returns
         -------
@@ -164,11 +171,17 @@ class FineAttention(nn.Module):
         weight, bias, query, cls_key = self.fold(projection)
         # Without eps, which enters every sum below in closed form instead of in a pass over all tokens.
         key = F.relu(F.linear(tokens, weight, bias))
-        total = key.sum(1) + (tokens.shape[1] * EPSILON + cls_key)
+        n: Any = tokens.shape[1]
+        if kept is not None:
+            key, n = key * kept.unsqueeze(-1), kept.to(key.dtype).sum(1, keepdim=True)
+        total = key.sum(1) + (n * self.epsilon + cls_key)
 
         readout = torch.stack([query.expand_as(total), torch.full_like(total, 1 / total.shape[1])], dim=-1)
         readout = readout / total.unsqueeze(-1)
-        contribution, attention = (key @ readout + EPSILON * readout.sum(1, keepdim=True)).unbind(-1)
+        weights = key @ readout + self.epsilon * readout.sum(1, keepdim=True)
+        if kept is not None:
+            weights = weights * kept.unsqueeze(-1)
+        contribution, attention = weights.unbind(-1)
         cls_weight = (cls_key * readout[..., 0]).sum(1, keepdim=True)
 
         pooled = (contribution.unsqueeze(1) @ tokens).squeeze(1)
@@ -198,7 +211,7 @@ class FineAttention(nn.Module):
         weight, bias = self.key.weight, None
         if projection is not None:
             weight, bias = weight @ projection.weight, weight @ projection.bias
-        return weight, bias, self.query(cls) / self.n_heads, F.relu(self.key(cls)) + EPSILON
+        return weight, bias, self.query(cls) / self.n_heads, F.relu(self.key(cls)) + self.epsilon
 
     def finish(
         self, pooled: Tensor, weight: Tensor, cls_weight: Tensor, projection: nn.Linear | None

@@ -6,8 +6,8 @@ No parameters are learned here, and nothing here is differentiated through the c
 import torch
 from torch import Tensor
 
-RAMP = 0.1  # share of the chosen tiles whose gates close
-LEAST = 0.02  # width of the ramp in scores, at least
+RAMP = 10  # one in so many of the chosen tiles closes its gate
+LEAST = 0.05  # width of the ramp in scores, at least
 
 
 def select_pixels(scores: Tensor, k: int) -> Tensor:
@@ -43,7 +43,7 @@ def select_pixels(scores: Tensor, k: int) -> Tensor:
     return flat.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
-def openness(scores: Tensor, chosen: Tensor) -> Tensor:
+def openness(scores: Tensor, chosen: Tensor, kept: Tensor | None = None) -> Tensor:
     r"""How far the gates of chosen tiles are open; the last tenth close towards the best one not chosen.
 
     Parameters
@@ -52,30 +52,33 @@ def openness(scores: Tensor, chosen: Tensor) -> Tensor:
         Of all tiles.
     chosen : Tensor of shape (B, n), int64
         The n highest.
+    kept : Tensor of shape (B, n), bool, default=None
+        Which of them count as chosen, at least one of each image; None is all.
 
     Returns
     -------
     Tensor of shape (B, n)
-        In [0, 1], without gradient; 1 if all tiles are chosen.
+        In [0, 1], without gradient; 1 if all tiles are chosen, 0 for those not kept.
 
     Notes
     -----
     With :math:`a_{(1)} \ge a_{(2)} \ge \dots` the scores in order and r a tenth of n, at least 1,
 
     .. math::
-        o_j = \min\Big(1, \frac{a_j - a_{(n + 1)}}{\max(a_{(n - r)} - a_{(n + 1)},\ 0.02)}\Big),
+        o_j = \min\Big(1, \frac{a_j - a_{(n + 1)}}{\max(a_{(n - r)} - a_{(n + 1)},\ 0.05)}\Big),
 
     with :math:`a_{(1)}` where n - r < 1. A tile that has only just been chosen counts for nothing. So the
     answer is a continuous function of the image, and it does not matter which of two equal tiles was chosen.
     """
     scores = scores.detach()
-    n = chosen.shape[1]
-    if n == scores.shape[1]:
-        return torch.ones_like(chosen, dtype=scores.dtype)
     own = scores.gather(1, chosen)
-    best_left = scores.scatter(1, chosen, -torch.inf).amax(1, keepdim=True)
-    full = own.sort(dim=1, descending=True).values[:, max(n - 1 - n_closing(n), 0), None]
-    return ((own - best_left) / (full - best_left).clamp(min=LEAST)).clamp(0, 1)
+    kept = torch.ones_like(chosen, dtype=torch.bool) if kept is None else kept
+    n = kept.sum(1, keepdim=True)
+    best_left = scores.scatter(1, chosen, own.masked_fill(kept, -torch.inf)).amax(1, keepdim=True)
+    in_order = own.masked_fill(~kept, -torch.inf).sort(dim=1, descending=True).values
+    full = in_order.gather(1, (n - 1 - ((n + RAMP // 2) // RAMP).clamp(min=1)).clamp(min=0))
+    found = ((own - best_left) / (full - best_left).clamp(min=LEAST)).clamp(0, 1)
+    return torch.where(n == scores.shape[1], 1.0, found) * kept
 
 
 def n_closing(n_chosen: int) -> int:
@@ -91,7 +94,7 @@ def n_closing(n_chosen: int) -> int:
     int
         A tenth of them, at least 1.
     """
-    return max(1, int(RAMP * n_chosen + 0.5))
+    return max(1, (n_chosen + RAMP // 2) // RAMP)
 
 
 def pixel_tokens(images: Tensor, indices: Tensor) -> Tensor:

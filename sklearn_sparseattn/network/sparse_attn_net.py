@@ -13,6 +13,7 @@ from .fusion import FusionClassifier
 from .selection import openness, pixel_tokens, select_pixels
 from .tiles import TileTokens
 
+EPSILON = 1e-3  # of the keys of tiles: with the paper's 1e-6 float32 is not enough where a column has died
 # Channels of the stages, side of the first kernel, sparse layers between tiles.
 SIZES: dict[str, dict[str, Any]] = {
     "default": {"channels": (8, 16), "kernel_size": 3, "n_layers": 2},
@@ -34,7 +35,7 @@ class SparseAttnOutput(NamedTuple):
     tiles : Tensor of shape (B, n), int64
         Row-major indices of the chosen tiles, best first.
     attention : Tensor of shape (B, n)
-        Fine attention of the chosen tiles, non-negative.
+        Fine attention of the chosen tiles, positive; 0 beyond those of an image that has a k of its own.
     contribution : Tensor of shape (B, n)
         Signed weights w_j of the chosen tiles in z_fine.
     """
@@ -80,6 +81,8 @@ class SparseAttnNet(nn.Module):
     ----------
     k : Tensor, float64 scalar on the CPU
         A buffer, so that it is saved and restored with the weights; `DynamicK` moves it.
+    k_by_image : Tensor of shape (B,) or None
+        Pixels to choose of each image of a batch, in place of k, for training: `DynamicK` draws them.
     form : dict
         The other arguments it was made with.
     tile : int
@@ -99,7 +102,8 @@ class SparseAttnNet(nn.Module):
 
     By its first factor the loss of the answer teaches the scores, where in the paper the distillation alone
     does. The second makes the answer a continuous function of the image. Then
-    f = [z_fine ; maximum of the tokens ; z_coarse], with z_coarse pooled from the second stage.
+    f = [z_fine ; maximum of the tokens ; z_coarse], with z_coarse pooled from the second stage. The epsilon
+    of the keys is 1e-3, so that answers do not depend on rounding where all keys of a column are about 0.
 
     Hooks are called on the layers, but not on ``embedding.out`` and ``tokens.out``, whose weights are folded,
     nor on `coarse`, `embedding` and `fine`, of which other methods than `forward` are called.
@@ -151,7 +155,7 @@ class SparseAttnNet(nn.Module):
             "variant": variant,
             "size": size,
         }
-        self.fine = FineAttention(embed_dim, n_heads)
+        self.fine = FineAttention(embed_dim, n_heads, 1e-6 if variant == "paper" else EPSILON)
         self.fine_norm = nn.LayerNorm(embed_dim)
         self.embedding = self.tokens = None
         if variant == "paper":
@@ -166,6 +170,7 @@ class SparseAttnNet(nn.Module):
             self.tile, n_fine = self.coarse.steps[1], 2 * embed_dim
             self.tokens = TileTokens(own["channels"], strides[1], embed_dim, own["n_layers"])
         self.fusion = FusionClassifier(n_fine + self.coarse.n_features, n_classes, hidden_dim)
+        self.k_by_image: Tensor | None = None
         self.register_buffer("k", torch.tensor(float(k), dtype=torch.float64, device="cpu"))
 
     def forward(self, images: Tensor) -> SparseAttnOutput:
@@ -183,14 +188,15 @@ class SparseAttnNet(nn.Module):
         """
         scores, z_coarse, maps = self.coarse.look(images)
         tiles = self.choose(images, scores)
+        kept = self.kept(tiles, scores.shape[1:].numel())
         if self.embedding is not None:
             hidden = self.embedding.hidden(pixel_tokens(images, tiles))
-            z_fine, attention, contribution = self.fine.attend(hidden, self.embedding.out)
+            z_fine, attention, contribution = self.fine.attend(hidden, self.embedding.out, kept)
             pooled = [z_coarse]
         else:
             assert self.tokens is not None  # one of the two variants
-            tokens = self.tile_tokens(scores, maps, tiles)
-            z_fine, attention, contribution = self.fine.attend(tokens, self.tokens.out)
+            tokens = self.tile_tokens(scores, maps, tiles, kept)
+            z_fine, attention, contribution = self.fine.attend(tokens, self.tokens.out, kept)
             pooled = [tokens.amax(1), z_coarse]
         features = torch.cat([self.fine_norm(z_fine), *pooled], dim=1)
         return SparseAttnOutput(self.fusion(features), features, scores, tiles, attention, contribution)
@@ -212,7 +218,29 @@ class SparseAttnNet(nn.Module):
         """
         return select_pixels(scores, self.n_chosen(scores.shape[1:].numel()))
 
-    def tile_tokens(self, scores: Tensor, maps: tuple[Tensor, ...], tiles: Tensor) -> Tensor:
+    def kept(self, tiles: Tensor, n_tiles: int) -> Tensor | None:
+        """Tell which tiles count, where each image has its own k.
+
+        Parameters
+        ----------
+        tiles : Tensor of shape (B, n), int64
+            Those chosen, as many as the image with the most has.
+        n_tiles : int
+            Tiles of an image in all.
+
+        Returns
+        -------
+        kept : Tensor of shape (B, n), bool, or None
+            The first ones of each image; None if all count.
+        """
+        if self.k_by_image is None:
+            return None
+        n = (self.k_by_image.to(tiles.device) / self.tile**2 + 0.5).floor().clamp(1, n_tiles)
+        return torch.arange(tiles.shape[1], device=tiles.device) < n.unsqueeze(1)
+
+    def tile_tokens(
+        self, scores: Tensor, maps: tuple[Tensor, ...], tiles: Tensor, kept: Tensor | None = None
+    ) -> Tensor:
         """Make the tokens of the chosen tiles.
 
         Parameters
@@ -223,18 +251,20 @@ class SparseAttnNet(nn.Module):
             Coarse features, see `CoarseLook`.
         tiles : Tensor of shape (B, n), int64
             The chosen tiles.
+        kept : Tensor of shape (B, n), bool, default=None
+            Which of them count; None is all.
 
         Returns
         -------
         tokens : Tensor of shape (B, n, D)
-            Non-negative.
+            Non-negative; 0 for tiles not kept.
         """
         assert self.tokens is not None  # the paper's form has other tokens
         flat = scores.flatten(1)
-        gates = flat.gather(1, tiles).sigmoid() * self.openness(flat, tiles)
-        return self.tokens(*maps, tiles, gates)
+        gates = flat.gather(1, tiles).sigmoid() * self.openness(flat, tiles, kept)
+        return self.tokens(*maps, tiles, gates, kept)
 
-    def openness(self, scores: Tensor, tiles: Tensor) -> Tensor:
+    def openness(self, scores: Tensor, tiles: Tensor, kept: Tensor | None = None) -> Tensor:
         """How far the choice of each tile is above those that were not chosen.
 
         Parameters
@@ -243,13 +273,15 @@ class SparseAttnNet(nn.Module):
             Of all tiles.
         tiles : Tensor of shape (B, n), int64
             The chosen ones.
+        kept : Tensor of shape (B, n), bool, default=None
+            Which of them count; None is all.
 
         Returns
         -------
         Tensor of shape (B, n)
             See `selection.openness`; controls that choose otherwise replace it.
         """
-        return openness(scores, tiles)
+        return openness(scores, tiles, kept)
 
     def n_chosen(self, n_tiles: int, k: float | None = None) -> int:
         """Tiles chosen of an image that has `n_tiles`.
@@ -266,7 +298,8 @@ class SparseAttnNet(nn.Module):
         int
             k divided by the pixels of a tile and rounded, half up, within [1, n_tiles].
         """
-        k = self.k.item() if k is None else k
+        if k is None:
+            k = self.k.item() if self.k_by_image is None else self.k_by_image.max().item()
         return min(max(math.floor(k / self.tile**2 + 0.5), 1), n_tiles)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:

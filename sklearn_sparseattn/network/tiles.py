@@ -58,7 +58,9 @@ class TileTokens(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm1d(embed_dim) for _ in range(n_layers + 1))
         self.out = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, early: Tensor, middle: Tensor, tiles: Tensor, gates: Tensor) -> Tensor:
+    def forward(
+        self, early: Tensor, middle: Tensor, tiles: Tensor, gates: Tensor, kept: Tensor | None = None
+    ) -> Tensor:
         """Make the tokens.
 
         Parameters
@@ -69,17 +71,27 @@ class TileTokens(nn.Module):
             The chosen tiles of each image, each once, in any order.
         gates : Tensor of shape (B, n)
             Factors of the tokens, in [0, 1].
+        kept : Tensor of shape (B, n), bool, default=None
+            Which of the tiles count; nothing is computed of the others. None is all.
 
         Returns
         -------
         tokens : Tensor of shape (B, n, D)
-            Non-negative.
+            Non-negative; 0 for tiles not kept.
         """
+        n_images, n = tiles.shape
         height, width = middle.shape[-2:]
-        row, column = tiles // width, tiles % width
+        # All tokens of all images in one list.
+        image = torch.arange(n_images, device=tiles.device).unsqueeze(1).expand_as(tiles)
+        place = None if kept is None else kept.flatten().nonzero().squeeze(1)
+        image, tile, gates = (
+            part.flatten() if place is None else part.flatten()[place] for part in (image, tiles, gates)
+        )
+        row, column = tile // width, tile % width
         gates = gates.unsqueeze(-1)
-        around = _window(row, column, 3, 1, width + 2)
-        under = _window(row, column, self.stride, self.stride, width * self.stride)
+        # In tables with the cells of all images, the middle ones with a border.
+        around = _window(row + image * (height + 2), column, 3, 1, width + 2)
+        under = _window(row + image * height, column, self.stride, self.stride, width * self.stride)
         # Converted first: integers divided would be float32.
         x, y = ((2 * at + 1).to(middle.dtype) / n - 1 for at, n in ((column, width), (row, height)))
         missing = [
@@ -88,45 +100,37 @@ class TileTokens(nn.Module):
         early = F.pad(early, (0, missing[0], 0, missing[1])) if any(missing) else early
         known = [
             torch.stack([x, y], dim=-1),
-            _gather(_as_table(F.pad(middle, (1, 1, 1, 1))), around),
-            _gather(_as_table(early), under),
+            _rows(_as_table(F.pad(middle, (1, 1, 1, 1))), around),
+            _rows(_as_table(early), under),
         ]
         first, *norms = self.norms
-        tokens = F.relu(_by_rows(first, self.first(torch.cat(known, dim=-1)))) * gates
-        if not norms:
-            return tokens
+        tokens = F.relu(first(self.first(torch.cat(known, dim=-1)))) * gates
         # Place in the table of tokens, whose row 0 is zero: that of the tiles that were not chosen.
-        n = torch.arange(1, tiles.shape[1] + 1, device=tiles.device)
-        slots = around.new_zeros(len(tiles), (height + 2) * (width + 2))
-        slots.scatter_(1, around[:, :, 4], n.expand_as(tiles))
-        near = slots.gather(1, around.flatten(1)).view_as(around)
+        slots = around.new_zeros(n_images * (height + 2) * (width + 2))
+        slots[around[:, 4]] = torch.arange(1, len(tokens) + 1, device=tiles.device)
+        near = slots[around]
         for layer, norm in zip(self.layers, norms, strict=True):
-            seen = layer(_gather(F.pad(tokens, (0, 0, 1, 0)), near))
-            tokens = tokens + F.relu(_by_rows(norm, seen)) * gates
-        return tokens
+            seen = layer(_rows(F.pad(tokens, (0, 0, 1, 0)), near))
+            tokens = tokens + F.relu(norm(seen)) * gates
+        if place is not None:
+            tokens = tokens.new_zeros(n_images * n, tokens.shape[1]).index_copy(0, place, tokens)
+        return tokens.view(n_images, n, tokens.shape[1])
 
 
 def _window(row: Tensor, column: Tensor, size: int, step: int, width: int) -> Tensor:
-    """Raster indices (B, n, size**2), in a map of `width` columns, of windows that begin at cell * step."""
+    """Raster indices (M, size**2), in a map of `width` columns, of windows that begin at cell * step."""
     offset = torch.arange(size, device=row.device)
     rows, columns = (step * at.unsqueeze(-1) + offset for at in (row, column))
-    return (rows.unsqueeze(-1) * width + columns.unsqueeze(-2)).flatten(2)
+    return (rows.unsqueeze(-1) * width + columns.unsqueeze(-2)).flatten(1)
 
 
 def _as_table(maps: Tensor) -> Tensor:
-    """(B, channels, rows, columns) -> (B, cells, channels)."""
-    return maps.permute(0, 2, 3, 1).flatten(1, 2)
+    """(B, channels, rows, columns) -> (B * cells, channels)."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _gather(table: Tensor, index: Tensor) -> Tensor:
-    """Rows of a table (B, N, channels) at (B, n, m) -> (B, n, m * channels)."""
-    n_images, n_rows, n_channels = table.shape
-    first = torch.arange(n_images, device=index.device).view(-1, 1, 1) * n_rows
+def _rows(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table (N, channels) at (M, m) -> (M, m * channels)."""
     # By one index for all channels: PyTorch has a quick way for this, forwards and backwards.
-    flat = (index + first).view(-1, 1).expand(-1, n_channels)
-    found = table.reshape(-1, n_channels).gather(0, flat)
-    return found.view(n_images, index.shape[1], index.shape[2] * n_channels)
-
-
-def _by_rows(norm: nn.Module, tokens: Tensor) -> Tensor:
-    return norm(tokens.flatten(0, 1)).view_as(tokens)
+    found = table.gather(0, index.view(-1, 1).expand(-1, table.shape[1]))
+    return found.view(len(index), index.shape[1] * table.shape[1])

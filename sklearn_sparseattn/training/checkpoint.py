@@ -32,7 +32,7 @@ from .net import diverged
 _MADE_BY = (1, metadata.version("sklearn-sparseattn"), torch.__version__)
 _DIGEST_SIZE = 16
 # They change how a fit is watched, not what it gives.
-_BESIDE = {"checkpoint_dir", "n_jobs", "verbose"}
+_BESIDE = {"checkpoint_dir", "n_jobs", "predict_k", "verbose"}
 # What skorch's callbacks for early stopping and scores remember.
 _REMEMBERED = ("misses_", "dynamic_threshold_", "best_epoch_", "best_model_weights_", "best_score_")
 

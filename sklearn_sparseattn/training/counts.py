@@ -1,15 +1,14 @@
 """What the rules of k need besides: bounds in pixels, checks, and the k of a module."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..parameters import is_count_or_share, to_pixels
+from ..parameters import is_count_or_share, is_int, to_pixels
 
 
 def resolve_bounds(k_min: float, k_max: float, n_pixels: int) -> tuple[float, float]:
@@ -41,30 +40,6 @@ def resolve_bounds(k_min: float, k_max: float, n_pixels: int) -> tuple[float, fl
     return low, high
 
 
-@contextmanager
-def held_statistics(module: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of batch norm as they are, within the block.
-
-    Parameters
-    ----------
-    module : nn.Module
-        Any.
-
-    Yields
-    ------
-    None
-        Afterwards they move again.
-    """
-    norms: list[Any] = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
-    for norm in norms:
-        norm.track_running_stats = False  # which leaves the count of batches alone, too
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
-
-
 def check_count(name: str, value: Any, *, least: int) -> None:
     """Refuse what is neither a number of pixels nor a share of them.
 
@@ -87,6 +62,23 @@ def check_count(name: str, value: Any, *, least: int) -> None:
             f"{name}={value!r} in DynamicK: an int >= {least}, a number of pixels, or a "
             "float in (0, 1], a share of the pixels of an image."
         )
+
+
+def check_n_pixels(value: Any) -> None:
+    """Refuse what is no number of pixels.
+
+    Parameters
+    ----------
+    value : int or None
+        As given.
+
+    Raises
+    ------
+    ValueError
+        If it is refused.
+    """
+    if value is not None and not (is_int(value) and value >= 1):
+        raise ValueError(f"n_pixels={value!r} in DynamicK: an int >= 1, or None.")
 
 
 def is_real(value: Any) -> bool:
@@ -121,6 +113,25 @@ def clip(value: float, low: float, high: float) -> float:
     return min(max(value, low), high)
 
 
+def images_of(batch: Any) -> Any:
+    """Find the images of a batch.
+
+    Parameters
+    ----------
+    batch : tuple (X, y)
+        A skorch batch, X being images or a dict or tuple that begins with them.
+
+    Returns
+    -------
+    array
+        The first that has a shape.
+    """
+    images = batch
+    while not hasattr(images, "shape"):
+        images = next(iter(images.values())) if isinstance(images, Mapping) else images[0]
+    return images
+
+
 def pixels_of(batch: Any) -> int:
     """Count the pixels of an image.
 
@@ -139,9 +150,7 @@ def pixels_of(batch: Any) -> int:
     ValueError
         If they have no such axes.
     """
-    images = batch
-    while not hasattr(images, "shape"):
-        images = next(iter(images.values())) if isinstance(images, Mapping) else images[0]
+    images = images_of(batch)
     if len(images.shape) < 3:
         raise ValueError(
             f"n_pixels=None in DynamicK, but a training batch of shape {tuple(images.shape)} has "

@@ -1,7 +1,6 @@
 """DynamicK: a skorch callback that finds the number of chosen pixels, k, while a network trains.
 
-It knows no more of the network than that `net.module_` has a `k`, and no more of the data than how
-many pixels an image has.
+It knows no more of the network than `k` and `k_by_image`, and of the data than the pixels of an image.
 """
 
 import math
@@ -18,8 +17,9 @@ from torch import Tensor
 from ..parameters import is_int
 from .counts import (
     check_count,
+    check_n_pixels,
     clip,
-    held_statistics,
+    images_of,
     is_real,
     pixels_of,
     read_k,
@@ -33,16 +33,24 @@ TOLERANCE = 0.001
 STEP = 0.12
 _DECAY = 0.97  # of the moving averages, for each comparison
 _TINY = 1e-12
+# What goes on from one net to the next.
+_REMEMBERED: dict[str, type] = {
+    **dict.fromkeys(("worth", "spread", "highest_rate", "exploring"), float),
+    **dict.fromkeys(("n_compared", "n_per_epoch", "n_seen"), int),
+    "is_due": bool,
+}
 _DRIFT = 0.3  # of a step, downwards: what more pixels bring must be seen
-_EXPLORE = 0.25  # share of the batches whose k is drawn from the whole range, at least
-_EVERY = 2  # batches, at least, from one comparison to the next: they are a fifth of the time of a fit
+_EXPLORE = 0.25  # share of the images whose k is drawn from the whole range, at least
+_GROUPS = 4  # of a batch, each with a k of its own
+_EVERY = 2  # batches, at least, from one comparison to the next
 
 
 class DynamicK(Callback):
     """Find how many pixels are worth looking at.
 
-    A callback for any skorch net whose module has a `k`, the number of pixels it chooses: a buffer
-    of one element, or a plain number. `paper` makes the callback with the published rule instead.
+    A callback for any skorch net whose module has a `k`, the number of pixels it chooses: a buffer of one
+    element, or a plain number. While a batch is trained, `k_by_image` of the module is a Tensor with the
+    number of each image, otherwise None. `paper` makes the callback with the published rule instead.
 
     Parameters
     ----------
@@ -55,12 +63,10 @@ class DynamicK(Callback):
         ``k_tolerance`` of `SparseAttnClassifier`.
     step : float, default=0.12
         Change of log k in a step at the highest learning rate, > 0. It falls with the learning rate.
-    n_checks : int, default=8
+    n_checks : int, default=5
         Batches of an epoch on which k / 2 and k are compared, at most.
     n_pixels : int, default=None
         N. None takes the last two axes, (H, W), of the images in the first training batch.
-    random_state : int, numpy.random.Generator or None, default=None
-        Draws the k of each batch. `SparseAttnClassifier` puts its own generator in the place of None.
 
     Attributes
     ----------
@@ -81,14 +87,14 @@ class DynamicK(Callback):
 
     Notes
     -----
-    With rate the learning rate divided by `highest_rate_`, each batch is trained with another k, drawn
-    log-uniformly: from the whole range (but not below a 64th of k_max) with a probability of max(rate, 1/4),
-    otherwise from k / 2 to 2 k. A network then serves k near its own, too, and each tile has its turn to
-    teach the scores.
+    With rate the learning rate divided by `highest_rate_`, each quarter of a batch is trained with another k,
+    drawn log-uniformly: from the whole range (but not below a 64th of k_max) with a probability of
+    max(rate, 1/4), otherwise from k / 2 to 2 k. A network then serves any k, batch norm by statistics of
+    many, and each tile has its turn to teach the scores.
 
     On some batches, before they are trained, the loss is computed with k / 2 and with k (with k_min and twice
-    as many where k / 2 is less): `net.get_loss` without gradient, in training mode, with the running
-    statistics held. With d the difference and beta = 0.97 for each comparison,
+    as many where k / 2 is less): `net.get_loss` without gradient, in evaluation mode. With d the difference
+    and beta = 0.97 for each comparison,
 
     1. worth <- beta worth + (1 - beta) d, and likewise its variance, from which comes its standard error,
        the noise.
@@ -99,9 +105,9 @@ class DynamicK(Callback):
     noise, and falls where it did not.
 
     An epoch's step is taken as the next epoch begins. So ``net.history[:, "k"]``, recorded as an
-    epoch ends, is the k about which that epoch was trained and with which it was validated; a checkpoint
-    holds it, whatever the order of the callbacks; and a fitted module keeps the k it was last trained with.
-    ``loss_at_half_k`` and ``loss_at_k`` in the history are the means of an epoch's comparisons.
+    epoch ends, is the k about which that epoch was trained and with which it was validated; and a fitted
+    module keeps the k it was last trained with. ``loss_at_half_k`` and ``loss_at_k`` in the history are the
+    means of an epoch's comparisons.
 
     k is read back from the module at every step, so that restored weights bring theirs. It is
     clipped to its bounds whenever training starts. A loss that is not finite changes nothing.
@@ -127,9 +133,8 @@ class DynamicK(Callback):
         k_max: float | None = None,
         tolerance: float | None = None,
         step: float = STEP,
-        n_checks: int = 8,
+        n_checks: int = 5,
         n_pixels: int | None = None,
-        random_state: Any = None,
     ) -> None:
         self.k_min = k_min
         self.k_max = k_max
@@ -137,7 +142,6 @@ class DynamicK(Callback):
         self.step = step
         self.n_checks = n_checks
         self.n_pixels = n_pixels
-        self.random_state = random_state
 
     @staticmethod
     def paper(**overrides: Any) -> "DynamicK":
@@ -170,10 +174,10 @@ class DynamicK(Callback):
         n_pixels : int
             Of the images.
         rng : numpy.random.Generator
-            In place of `random_state`.
+            Draws the k of each image.
         """
-        self.defaults_ = {"k_min": k_min, "k_max": k_max, "tolerance": tolerance}
-        self.defaults_ |= {"n_pixels": n_pixels, "random_state": rng}
+        self.defaults_: dict[str, Any] = {"k_min": k_min, "k_max": k_max, "tolerance": tolerance}
+        self.defaults_ |= {"n_pixels": n_pixels, "rng": rng}
 
     def own_parameters(self) -> list[str]:
         """Name the parameters of `SparseAttnClassifier` in whose place this has its own.
@@ -183,8 +187,8 @@ class DynamicK(Callback):
         list of str
             Among "k_min", "k_max" and "k_tolerance".
         """
-        own = {"k_min": self.k_min, "k_max": self.k_max, "k_tolerance": self.tolerance}
-        return [name for name, value in own.items() if value is not None]
+        names = {"k_min": "k_min", "k_max": "k_max", "tolerance": "k_tolerance"}
+        return [theirs for own, theirs in names.items() if getattr(self, own) is not None]
 
     def initialize(self) -> "DynamicK":
         """Check the parameters and forget all losses.
@@ -203,8 +207,11 @@ class DynamicK(Callback):
         self.n_per_epoch_ = 0  # batches; not known in the first epoch
         self.n_seen_ = 0  # batches in all
         self.bounds_: tuple[float, float] | None = None  # in pixels, once N is known
-        self.centre_: float | None = None  # k while a batch has another
-        self.rng_ = np.random.default_rng(self._value("random_state"))
+        self.exploring_ = 1.0  # probability of a k from the whole range
+        rng = getattr(self, "defaults_", {}).get("rng")
+        if rng is None:  # in a net of another kind: as torch.manual_seed said
+            rng = np.random.default_rng(torch.initial_seed() % 2**63)
+        self.rng_: np.random.Generator = rng
         return self
 
     @property
@@ -221,15 +228,8 @@ class DynamicK(Callback):
         dict
             For `load_state_dict`. k is not in it: that is the module's.
         """
-        return {
-            "worth": self.worth_,
-            "spread": self.spread_,
-            "n_compared": self.n_compared_,
-            "highest_rate": self.highest_rate_,
-            "is_due": float(self.is_due_),
-            "n_per_epoch": self.n_per_epoch_,
-            "n_seen": self.n_seen_,
-        }
+        numbers = {name: getattr(self, f"{name}_") for name in _REMEMBERED}
+        return {name: None if value is None else float(value) for name, value in numbers.items()}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
         """Remember what another one did; to be called after the net's `initialize`.
@@ -239,10 +239,9 @@ class DynamicK(Callback):
         state : dict
             From `state_dict`.
         """
-        self.worth_, self.spread_ = state["worth"], state["spread"] or 0.0
-        self.n_compared_ = int(state["n_compared"] or 0)
-        self.highest_rate_, self.is_due_ = state["highest_rate"] or 0.0, bool(state["is_due"])
-        self.n_per_epoch_, self.n_seen_ = int(state["n_per_epoch"] or 0), int(state["n_seen"] or 0)
+        for name, value in state.items():
+            kind = _REMEMBERED[name]
+            setattr(self, f"{name}_", None if value is None else kind(value))
 
     def on_train_begin(self, net: NeuralNet, **kwargs: Any) -> None:
         """Look for the module's k, and put it between its bounds if N is known.
@@ -261,7 +260,7 @@ class DynamicK(Callback):
             self._start(net, self._value("n_pixels"))
 
     def on_epoch_begin(self, net: NeuralNet, **kwargs: Any) -> None:
-        """Begin to count batches and gather comparisons.
+        """Begin to count.
 
         Parameters
         ----------
@@ -276,7 +275,7 @@ class DynamicK(Callback):
     def on_batch_begin(
         self, net: NeuralNet, batch: Any = None, training: bool | None = None, **kwargs: Any
     ) -> None:
-        """Learn N from the first batch, take the step of the last epoch, compare, and draw this batch's k.
+        """Learn N from the first batch, take the step of the last epoch, compare, and draw for this batch.
 
         Parameters
         ----------
@@ -299,7 +298,7 @@ class DynamicK(Callback):
         self._begin_batch(net, batch)
 
     def on_batch_end(self, net: NeuralNet, training: bool | None = None, **kwargs: Any) -> None:
-        """Give the module its own k back.
+        """End what was drawn for this batch.
 
         Parameters
         ----------
@@ -311,10 +310,10 @@ class DynamicK(Callback):
             Not used.
         """
         if training:
-            self._give_back(net)
+            net.module_.k_by_image = None
 
     def on_train_end(self, net: NeuralNet, **kwargs: Any) -> None:
-        """Give the module its own k back if the keyboard ended training within a batch.
+        """End what was drawn for a batch within which the keyboard ended training.
 
         Parameters
         ----------
@@ -323,7 +322,7 @@ class DynamicK(Callback):
         **kwargs : dict
             Not used.
         """
-        self._give_back(net)
+        net.module_.k_by_image = None
 
     def on_epoch_end(self, net: NeuralNet, **kwargs: Any) -> None:
         """Record k and the losses compared.
@@ -340,13 +339,9 @@ class DynamicK(Callback):
         for name, mean in zip(("loss_at_half_k", "loss_at_k"), means, strict=True):
             net.history.record(name, float(mean))
         self.n_per_epoch_, self.is_due_ = self.n_batches_, True
+        self.exploring_ = self._share_of_rate(net)
 
     # ---- the rule ----
-
-    def _give_back(self, net: NeuralNet) -> None:
-        if self.centre_ is not None:
-            write_k(net.module_, self.centre_)
-            self.centre_ = None
 
     def _begin_batch(self, net: NeuralNet, batch: Any) -> None:
         low, high = self._bounds()
@@ -357,30 +352,45 @@ class DynamicK(Callback):
             self._compare(net, batch, max(more / 2, low), more)
         self.n_batches_ += 1
         self.n_seen_ += 1
-        self.centre_ = k
-        write_k(net.module_, self._draw(net, k))
+        net.module_.k_by_image = self.draw(k, len(images_of(batch)), self._share_of_rate(net))
 
-    def _draw(self, net: NeuralNet, k: float) -> float:
-        """Draw the k of a batch: from the whole range while much is learned, at last about k."""
+    def draw(self, k: float, n: int, exploring: float | None = None) -> Tensor | None:
+        """Draw a k for each of some images: from the whole range while much is learned, at last about k.
+
+        Parameters
+        ----------
+        k : float
+            Of the module.
+        n : int
+            Images.
+        exploring : float, default=None
+            Probability of the whole range, if above 1/4; None is that at the end of the last epoch.
+
+        Returns
+        -------
+        Tensor of shape (n,), float64, or None
+            Pixels to choose of each; None where all have that of the module.
+        """
         low, high = self._bounds()
-        if self.rng_.random() < max(self._share_of_rate(net), _EXPLORE):
-            low, high = max(low, high / 64), high
-        else:
-            low, high = max(low, k / 2), min(high, 2 * k)
-        return clip(math.exp(self.rng_.uniform(math.log(low), math.log(high))), low, high)
+        exploring = max(self.exploring_ if exploring is None else exploring, _EXPLORE)
+        explores = self.rng_.random(_GROUPS) < exploring
+        lowest = np.where(explores, max(low, high / 64), max(low, k / 2))
+        highest = np.where(explores, high, min(high, 2 * k))
+        drawn = np.exp(self.rng_.uniform(np.log(lowest), np.log(highest))).clip(low, high)
+        return torch.from_numpy(drawn[np.arange(n) * _GROUPS // max(n, _GROUPS)])
 
     def _compare(self, net: NeuralNet, batch: Any, fewer: float, more: float) -> None:
-        """Compute the losses of a batch with fewer and with more pixels, which the module has afterwards."""
-        images, target = unpack_data(batch)
-        if len(target if isinstance(target, Tensor) else target[0]) < 2:  # batch norm needs two rows
-            return
-        losses = []
-        net._set_training(True)
-        with torch.no_grad(), held_statistics(net.module_):
+        """Compute the losses of a batch with fewer and with more pixels."""
+        (images, target), losses, k = unpack_data(batch), [], read_k(net.module_)
+        net._set_training(False)
+        try:
             for count in (fewer, more):
                 write_k(net.module_, count)
-                output = net.infer(images)
-                losses.append(float(net.get_loss(output, target, X=images, training=False)))
+                with torch.no_grad():
+                    output = net.infer(images)
+                    losses.append(float(net.get_loss(output, target, X=images, training=False)))
+        finally:
+            write_k(net.module_, k)
         if not all(map(math.isfinite, losses)):
             return
         self.compared_.append((losses[0], losses[1]))
@@ -429,11 +439,7 @@ class DynamicK(Callback):
             raise ValueError(f"step={self.step!r} in DynamicK: a number > 0.")
         if not (is_int(self.n_checks) and self.n_checks >= 1):
             raise ValueError(f"n_checks={self.n_checks!r} in DynamicK: an int >= 1.")
-        self._check_n_pixels()
-
-    def _check_n_pixels(self) -> None:
-        if self.n_pixels is not None and not (is_int(self.n_pixels) and self.n_pixels >= 1):
-            raise ValueError(f"n_pixels={self.n_pixels!r} in DynamicK: an int >= 1, or None.")
+        check_n_pixels(self.n_pixels)
 
     def _bounds(self) -> tuple[float, float]:
         assert self.bounds_ is not None  # a training batch has begun

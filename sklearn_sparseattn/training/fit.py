@@ -1,7 +1,7 @@
 """One fit: a network, training rows and settings in; a trained network and its history out."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
@@ -108,12 +108,13 @@ class ResumeState:
 class TrainingResult:
     """What a fit leaves behind, besides the trained network.
 
-    Its history by column, how to go on, and whether the keyboard ended it.
+    Its history by column, how to go on, whether the keyboard ended it, and how a k is drawn for each image.
     """
 
     history: dict[str, np.ndarray]
     resume: ResumeState
     interrupted: bool
+    draw: Callable[[float, int], torch.Tensor | None]
 
 
 def train(
@@ -232,7 +233,7 @@ def train(
         )
     optimizer = tree_map(_as_array, trainer.optimizer_.state_dict())
     resume = ResumeState(optimizer, dynamic_k.state_dict(), rng)
-    return TrainingResult(_columns(finished), resume, interrupted)
+    return TrainingResult(_columns(finished), resume, interrupted, dynamic_k.draw)
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from skorch import NeuralNet
 
 from ..parameters import to_pixels
-from .counts import check_count, clip, is_real, read_k, write_k
+from .counts import check_count, check_n_pixels, clip, is_real, read_k, write_k
 from .dynamic_k import DynamicK
 
 
@@ -47,7 +47,7 @@ class LossTrendK(DynamicK):
     .. [1] Yoshai et al., arXiv 2505.07661 (2025).
     """
 
-    tolerance = random_state = None  # of the other rule
+    tolerance = None  # of the other rule
 
     def __init__(
         self,
@@ -149,6 +149,19 @@ class LossTrendK(DynamicK):
     def _begin_batch(self, net: NeuralNet, batch: Any) -> None:
         """Every batch has the same k."""
 
+    def draw(self, k: float, n: int, exploring: float | None = None) -> None:
+        """All images have the same k.
+
+        Parameters
+        ----------
+        k : float
+            Of the module.
+        n : int
+            Images.
+        exploring : float, default=None
+            Not used.
+        """
+
     def _step(self, net: NeuralNet) -> None:
         assert self.epoch_loss_ is not None  # an epoch has ended
         self._follow(net, self.epoch_loss_)
@@ -186,7 +199,7 @@ class LossTrendK(DynamicK):
                 raise ValueError(f"{name}={value!r} in DynamicK: a number in [0, 1).")
         if self.update not in ("epoch", "batch"):
             raise ValueError(f'update={self.update!r} in DynamicK: "epoch" or "batch".')
-        self._check_n_pixels()
+        check_n_pixels(self.n_pixels)
 
 
 def next_k(

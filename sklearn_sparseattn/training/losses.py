@@ -143,6 +143,7 @@ def distillation_loss(
     *,
     emphasis: float | None = 2.0,
     sample_weight: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     r"""Teach the coarse attention what the fine attention found, eq. 18-19 of [1]_.
 
@@ -156,6 +157,8 @@ def distillation_loss(
         Contrast of the two distributions, > 0; None is the loss as printed.
     sample_weight : Tensor of shape (B,), default=None
         w, >= 0, of the dtype and on the device of the scores. None is 1 for every row.
+    kept : Tensor of shape (B, k), bool, default=None
+        Which pixels count, the first of each row among them; None is all.
 
     Returns
     -------
@@ -190,13 +193,18 @@ def distillation_loss(
     if emphasis is None:
         coarse = coarse_scores.sigmoid()
     else:
-        coarse = emphasis * _standardize(coarse_scores)
-        fine = emphasis * _standardize(fine)
+        coarse = emphasis * _standardize(coarse_scores, kept)
+        fine = emphasis * _standardize(fine, kept)
+    if kept is not None:
+        # The lowest finite number, not -inf: its share is 0, and 0 times its logarithm is no NaN.
+        lowest = torch.finfo(fine.dtype).min
+        coarse, fine = coarse.masked_fill(~kept, lowest), fine.masked_fill(~kept, lowest)
     # kl_div(input, target) is KL(target || input).
-    logs = fine.log_softmax(1), coarse.log_softmax(1)
-    if sample_weight is None:
-        return F.kl_div(*logs, reduction="batchmean", log_target=True)
-    return (F.kl_div(*logs, reduction="none", log_target=True).sum(1) * sample_weight).mean()
+    divergence = F.kl_div(fine.log_softmax(1), coarse.log_softmax(1), reduction="none", log_target=True)
+    if kept is not None:
+        divergence = divergence.masked_fill(~kept, 0)
+    divergence = divergence.sum(1)
+    return (divergence if sample_weight is None else divergence * sample_weight).mean()
 
 
 def consistency_loss(logits: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
@@ -252,11 +260,16 @@ def consistency_loss(logits: Tensor, *, sample_weight: Tensor | None = None) -> 
     return of_each.mean() / 2
 
 
-def _standardize(values: Tensor) -> Tensor:
+def _standardize(values: Tensor, kept: Tensor | None = None) -> Tensor:
     """Rows at mean 0 and about unit population standard deviation; a constant row at 0."""
     # From the first on, a constant row is exactly 0; and the gradient of a norm that is 0 is 0, where that of
     # var().sqrt() is infinite. torch.std_mean has both, but takes several times as long.
     values = values - values[:, :1].detach()
-    values = values - values.mean(1, keepdim=True)
-    deviation = torch.linalg.vector_norm(values, dim=1, keepdim=True) / math.sqrt(values.shape[1])
+    if kept is None:
+        values = values - values.mean(1, keepdim=True)
+        deviation = torch.linalg.vector_norm(values, dim=1, keepdim=True) / math.sqrt(values.shape[1])
+    else:
+        n = kept.to(values.dtype).sum(1, keepdim=True)
+        values = (values - (values * kept).sum(1, keepdim=True) / n) * kept
+        deviation = torch.linalg.vector_norm(values, dim=1, keepdim=True) / n.sqrt()
     return values / (deviation + 1e-6)

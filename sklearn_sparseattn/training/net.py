@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,6 @@ from .losses import consistency_loss, contrastive_loss, distillation_loss, focal
 LOSS_TERMS = ("focal_loss", "contrastive_loss", "distillation_loss", "consistency_loss")
 
 _MOMENTUM = 0.5  # of running statistics in training; after it they are computed anew
-# Statistics are those of several k, so that a fitted network serves k near its own, too.
-_OCTAVES = (0.0, -1.0, 1.0, -0.5, 0.5)
 _ROUNDING = 1e-5  # of float32 sums, with a margin
 
 
@@ -101,7 +99,10 @@ class SparseAttnLoss(nn.Module):
         scores = output.scores if self.distillation_weight else output.scores.detach()
         contrastive = contrastive_loss(features, target, temperature=self.temperature, sample_weight=weight)
         distillation = distillation_loss(
-            scores.flatten(1).gather(1, output.tiles), output.attention, sample_weight=weight
+            scores.flatten(1).gather(1, output.tiles),
+            output.attention,
+            sample_weight=weight,
+            kept=output.attention > 0,
         )
         total = focal + self.contrastive_weight * contrastive + self.distillation_weight * distillation
         consistency = torch.zeros_like(focal)
@@ -258,11 +259,15 @@ def keeping_up(network: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def recompute_batch_norm(network: SparseAttnNet, batches: Any, device: torch.device) -> None:
+def recompute_batch_norm(
+    network: SparseAttnNet,
+    batches: Any,
+    device: torch.device,
+    draw: Callable[[float, int], Tensor | None] | None = None,
+) -> None:
     """Replace the running statistics of batch norm by those over `batches`, at the weights as they are.
 
-    During training they trail behind the weights, and mix the values of k it went through. Here k goes from
-    half to twice the network's own, from batch to batch: statistics depend on it.
+    During training they trail behind the weights.
 
     Parameters
     ----------
@@ -272,12 +277,12 @@ def recompute_batch_norm(network: SparseAttnNet, batches: Any, device: torch.dev
         Unaugmented training rows; batches of one row are left out.
     device : torch.device
         Where the network is.
+    draw : callable, default=None
+        Of (k, number of images), gives the k of each: statistics depend on k, and are those of training if
+        this is its `DynamicK.draw`. None gives all that of the network.
     """
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
-    own_k: Any = network.k
-    k = own_k.item()
-    octaves = _OCTAVES if network.form["variant"] == "tiles" else (0.0,)  # the paper's trains with one k
     network.eval()
     for norm in norms:
         norm.train()
@@ -286,13 +291,13 @@ def recompute_batch_norm(network: SparseAttnNet, batches: Any, device: torch.dev
         for i, images in enumerate(usable):
             for norm in norms:
                 norm.momentum = 1 / (i + 1)  # the first batch replaces, the rest average
-            own_k.fill_(k * 2.0 ** octaves[i % len(octaves)])
+            network.k_by_image = draw(network.k.item(), len(images)) if draw else None
             network(images.to(device))
         all_constant = False
         for norm in norms:
             all_constant = _soften_constants(norm, all_constant)
     finally:
-        own_k.fill_(k)
+        network.k_by_image = None
         network.eval()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

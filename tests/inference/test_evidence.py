@@ -15,7 +15,6 @@ from sklearn_sparseattn.images import ImageRows, PixelScale
 from sklearn_sparseattn.inference import evidence_maps
 from sklearn_sparseattn.inference.evidence import _of_cells, _over_tiles, _share_of_maximum, evidence
 from sklearn_sparseattn.network import SparseAttnNet, pixel_tokens, strides_for
-from sklearn_sparseattn.network.fine import EPSILON
 
 BYTES = PixelScale((0.0, 255.0))
 N_CLASSES = 4
@@ -78,7 +77,7 @@ class Literal:
         by_cell = torch.ones(self.cells.shape[1:]) if by_cell is None else by_cell
         fine, cells, floor = self.network.fine, self.cells, self.floor[:, None, None]
         rows = torch.cat([self.out(self.hidden), fine.cls_token[0]])
-        key = F.relu(fine.key(rows)) + EPSILON
+        key = F.relu(fine.key(rows)) + fine.epsilon
         key = key / key.sum(0)
         values = fine.value(rows) * torch.cat([by_token, torch.ones(1)])[:, None]
         query = fine.query(fine.cls_token[0])

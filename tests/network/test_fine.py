@@ -167,6 +167,21 @@ def test_the_order_of_the_tokens_does_not_matter(shape, data):
     torch.testing.assert_close(permuted[2], contribution[:, order], **TOLERANCE)
 
 
+@given(shape=shapes, data=st.data())
+def test_images_can_have_fewer_tokens_than_others(shape, data):
+    """What stands behind the tokens of an image has no part in the answer."""
+    fine, tokens = make_case(**shape)
+    n = data.draw(st.lists(st.integers(1, shape["k"]), min_size=len(tokens), max_size=len(tokens)))
+    kept = torch.arange(shape["k"]) < torch.tensor(n).unsqueeze(1)
+    together = fine.attend(tokens, kept=kept)
+    for b in range(len(tokens)):
+        z_fine, attention, w = literal(tokens[b, : n[b]].numpy(), *weights_of(fine))
+        for found, expected in zip(together, (z_fine, attention, w[:-1]), strict=True):
+            found = found[b].detach().numpy()
+            np.testing.assert_allclose(found[: len(expected)], expected, **TOLERANCE)
+            assert not found[len(expected) :].any()
+
+
 def test_images_do_not_mix():
     fine, tokens = make_case(n_images=4, k=9, embed_dim=6, n_heads=3, seed=5)
     together = fine.attend(tokens)

@@ -73,7 +73,7 @@ def openness_reference(scores, chosen):
     in_order = sorted(scores, reverse=True)
     n_last = max(1, int(0.1 * n + 0.5))
     left, full = in_order[n], in_order[max(n - n_last, 1) - 1]  # a_(n + 1), a_(n - r)
-    return [min(1.0, (scores[j] - left) / max(full - left, 0.02)) for j in chosen]
+    return [min(1.0, (scores[j] - left) / max(full - left, 0.05)) for j in chosen]
 
 
 cases = st.tuples(st.integers(1, 60), st.integers(0, 2**32 - 1), st.sampled_from([1e-3, 0.1, 3.0]))
@@ -92,6 +92,20 @@ def test_openness_follows_its_equation(case, data, is_tied):
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
     assert (found >= 0).all()
     assert (found <= 1).all()
+
+
+@given(case=cases, data=st.data())
+def test_openness_where_images_have_numbers_of_their_own(case, data):
+    n_tiles, seed, spread = case
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=(3, n_tiles)) * spread
+    ns = data.draw(st.lists(st.integers(1, n_tiles), min_size=3, max_size=3))
+    chosen = best_first(scores, max(ns))
+    kept = np.arange(max(ns)) < np.array(ns)[:, None]
+    found = openness(*map(torch.from_numpy, (scores, chosen, kept))).numpy()
+    for row, own, n, opened in zip(scores.tolist(), chosen, ns, found, strict=True):
+        np.testing.assert_allclose(opened[:n], openness_reference(row, own[:n]), rtol=1e-9, atol=1e-12)
+        assert not opened[n:].any()
 
 
 @pytest.mark.parametrize(

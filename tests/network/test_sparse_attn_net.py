@@ -92,7 +92,7 @@ class Reference:
         if n < scores.size:
             in_order = -np.sort(-scores.ravel())
             full = in_order[max(n - max(1, int(n / 10 + 0.5)), 1) - 1]
-            gates *= np.minimum((a - in_order[n]) / max(full - in_order[n], 0.02), 1)
+            gates *= np.minimum((a - in_order[n]) / max(full - in_order[n], 0.05), 1)
         return gates
 
     def pixel_embedding(self, image, pixels):
@@ -143,7 +143,7 @@ class Reference:
             np.split(self.w["fine.query.weight"], self.n_heads),
             strict=True,
         ):
-            key = np.maximum(rows @ w_key.T, 0) + 1e-6
+            key = np.maximum(rows @ w_key.T, 0) + (1e-3 if self.of_tiles else 1e-6)
             a = key / key.sum(0)
             query = w_query @ cls
             z_fine = z_fine + query @ (a.T @ (rows @ self.w["fine.value.weight"].T)) / self.n_heads
@@ -160,9 +160,10 @@ class Reference:
         x = x + layer(x, "fusion.residual")
         return x @ self.w["fusion.out.weight"].T + self.w["fusion.out.bias"]
 
-    def __call__(self, image):
+    def __call__(self, image, k=None):
         scores, z_coarse, maps = self.coarse(image)
-        n = int(np.clip(np.floor(self.w["k"] / self.tile**2 + 0.5), 1, scores.size))
+        k = self.w["k"] if k is None else k
+        n = int(np.clip(np.floor(k / self.tile**2 + 0.5), 1, scores.size))
         tiles = np.argsort(-scores.ravel(), kind="stable")[:n]
         if self.of_tiles:
             tokens = self.tile_tokens(*maps, tiles, self.gates(scores, tiles))
@@ -205,6 +206,47 @@ def test_forward_pass_is_the_reference(n_channels, height, width, k, options, va
         for name, expected in zip(output._fields, reference(images[b].numpy()), strict=True):
             found = getattr(output, name)[b].detach().numpy()
             np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("ks", [[1.0, 200.0, 64.0], [30.0, 30.0, 30.0], [1e9, 2.5, 1e9]])
+def test_each_image_can_have_a_k_of_its_own(ks, variant):
+    """The answer is that of a network with this k; what is not chosen of an image has no attention."""
+    net, images = make_net(2, 4, 50, variant=variant), random_images(3, 2, 19, 13)
+    net.k_by_image = torch.tensor(ks)
+    output, reference = net(images), Reference(net)
+    for b, k in enumerate(ks):
+        expected = dict(zip(output._fields, reference(images[b].numpy(), k), strict=True))
+        n = len(expected["tiles"])
+        assert (output.attention[b] > 0).tolist() == [True] * n + [False] * (output.tiles.shape[1] - n)
+        for name, value in expected.items():
+            found = getattr(output, name)[b].detach().numpy()
+            if name in ("tiles", "attention", "contribution"):
+                assert name == "tiles" or not found[n:].any()
+                found = found[:n]
+            np.testing.assert_allclose(found, value, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def test_batch_norm_sees_the_chosen_tiles_of_each_image_alone():
+    net, images, seen = make_net(k=50).train(), random_images(3, 1, 24, 24), []
+    for norm in net.tokens.norms:
+        norm.register_forward_hook(lambda layer, args, output: seen.append(args[0].detach()))
+    n = torch.tensor([1, 9, 30])
+    net.k_by_image = n * net.tile**2
+    output = net(images)
+    output.logits.square().sum().backward()
+    assert [len(rows) for rows in seen] == [40] * 3
+    alone = make_net(k=50)
+    alone.load_state_dict(net.state_dict())
+    first = []
+    alone.tokens.norms[0].register_forward_hook(lambda layer, args, output: first.append(args[0].detach()))
+    for b in range(3):
+        # The coarse maps are those of the whole batch, which batch norm there depends on.
+        look = net.coarse.look(images)
+        tiles = output.tiles[b : b + 1, : n[b]]
+        alone.tokens.eval()(*(part[b : b + 1] for part in look.maps), tiles, torch.ones(tiles.shape))
+    torch.testing.assert_close(seen[0], torch.cat(first))
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +371,7 @@ def jumps(net, one, other):
 
 def test_without_the_ramp_another_choice_is_a_jump(monkeypatch):
     net = make_net(k=160)
-    monkeypatch.setattr(net, "openness", lambda scores, tiles: torch.ones_like(scores.gather(1, tiles)))
+    monkeypatch.setattr(net, "openness", lambda scores, tiles, kept: torch.ones_like(scores.gather(1, tiles)))
     jump, _ = jumps(net, *random_images(2, 1, 24, 24))
     assert jump > 1e-5
 

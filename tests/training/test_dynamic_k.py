@@ -18,7 +18,7 @@ from torch import nn
 from sklearn_sparseattn.network import SparseAttnNet
 from sklearn_sparseattn.parameters import to_pixels
 from sklearn_sparseattn.training import DynamicK, dynamic_k
-from sklearn_sparseattn.training.counts import held_statistics, resolve_bounds
+from sklearn_sparseattn.training.counts import resolve_bounds
 from sklearn_sparseattn.training.dynamic_k import K_MAX, K_MIN, TOLERANCE
 from sklearn_sparseattn.training.loss_trend_k import LossTrendK, next_k
 
@@ -83,14 +83,15 @@ class Known(nn.Module):
 
     def __init__(self, law, k=16.0):
         super().__init__()
-        self.law, self.ks_seen = law, []
+        self.law, self.ks_seen, self.k_by_image = law, [], None
         self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
         self.register_buffer("k", torch.tensor(k, dtype=torch.float64))
 
     def forward(self, X):
+        ks = [self.k.item()] * len(X) if self.k_by_image is None else self.k_by_image.tolist()
         if torch.is_grad_enabled() and self.training:
-            self.ks_seen.append(self.k.item())
-        values = [self.law(self.k.item(), row[0, 0].item()) for row in X]
+            self.ks_seen.append(ks)
+        values = [self.law(k, row[0, 0].item()) for k, row in zip(ks, X, strict=True)]
         return self.weight * torch.tensor(values, dtype=torch.float64)
 
 
@@ -134,7 +135,7 @@ def test_k_ends_where_more_pixels_are_no_longer_worth_it(knee, gain, monkeypatch
     share = 0.01 / gain  # of the last doubling that is below the knee
     ends = []
     for k in (2.0, 200.0):
-        callback = DynamicK(tolerance=0.01, random_state=0)
+        callback = DynamicK(tolerance=0.01)
         ks = known_net(knee_at(knee, gain), callback, k, batch_size=2).fit(*MANY, epochs=50).history[:, "k"]
         early = np.diff(ks)[:5]
         assert (early > 0).all() if k < knee else early[0] < 0
@@ -298,19 +299,19 @@ def test_drawn_k_is_within_its_bounds_and_at_last_near_k(start, bounds, monkeypa
         def on_batch_end(self, net, training=False, **kwargs):
             centres.append(net.module_.k.item())
 
-    net = known_net(knee_at(16, 0.1), DynamicK(random_state=0, **bounds), start, lr=1e-9)
+    net = known_net(knee_at(16, 0.1), DynamicK(**bounds), start, lr=1e-9)
     # The rate falls to nothing: from then on only k / 2 to 2 k.
     rates = [1e-9] * 40 + [1e-15] * 40
     net.set_params(callbacks=[("rates", Rates(rates)), *net.callbacks, ("watch", Watch())])
     net.fit(ROWS, TARGET, epochs=80)
     ks, centres = np.array(net.module_.ks_seen), np.array(centres)
-    assert len(ks) == len(centres) == 240
+    assert ks.shape == (240, 4)  # each of a batch of four has its own
     assert ks.min() >= low
     assert ks.max() <= high
-    assert len(set(ks)) > 100
-    # The module has its own k back after each batch, the same throughout an epoch.
+    assert len(set(ks.ravel())) > 400
+    # The module keeps its own k throughout an epoch.
     np.testing.assert_array_equal(centres, np.repeat(net.history[:, "k"], 3))
-    late, around = ks[120:], centres[120:]
+    late, around = ks[120:], centres[120:, None]
     assert (late >= np.maximum(around / 2, low) - 1e-9).all()
     assert (late <= np.minimum(around * 2, high) + 1e-9).all()
     # Log-uniformly: as often below the middle of what is possible as above.
@@ -319,27 +320,27 @@ def test_drawn_k_is_within_its_bounds_and_at_last_near_k(start, bounds, monkeypa
 
 
 def test_at_high_rates_k_is_drawn_from_the_whole_range_and_later_still_at_times():
-    net = known_net(knee_at(16, 0.1), DynamicK(random_state=0, k_min=2), 200.0)
+    net = known_net(knee_at(16, 0.1), DynamicK(k_min=2), 200.0)
     rates = [1e-9] * 40 + [1e-15] * 60
     net.set_params(callbacks=[("rates", Rates(rates)), *net.callbacks])
     ks = np.array(net.fit(ROWS, TARGET, epochs=100).module_.ks_seen)
     early, late = ks[:120], ks[120:]
+    assert net.module_.k_by_image is None
     assert ks.min() >= 256 / 64  # not from the lower bound, where that is far off
     assert 0.35 < (early < 32).mean() < 0.65  # of 4 to 256, log-uniformly
-    around = np.repeat(net.history[40:, "k"], 3)
+    around = np.repeat(net.history[40:, "k"], 3)[:, None]
     far = ((late < around / 2 - 1e-9) | (late > 2 * around + 1e-9)).mean()
     assert 0.3 * dynamic_k._EXPLORE < far < dynamic_k._EXPLORE + 0.1
 
 
-def test_draws_come_from_its_own_generator():
-    def drawn(random_state):
-        net = known_net(wild, DynamicK(random_state=random_state))
-        return net.fit(ROWS, TARGET, epochs=3).module_.ks_seen
+def test_draws_come_from_its_own_generator_which_starts_by_the_seed_of_pytorch():
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return known_net(wild, DynamicK()).fit(ROWS, TARGET, epochs=3).module_.ks_seen
 
     before = np.random.get_state()[1].tolist()  # noqa: NPY002
-    assert drawn(3) == drawn(3) == drawn(np.random.default_rng(3))
+    assert drawn(3) == drawn(3)
     assert drawn(3) != drawn(4)
-    assert drawn(None) != drawn(None)
     assert np.random.get_state()[1].tolist() == before  # noqa: NPY002
     left = []
     for callback in (DynamicK(), DynamicK.paper()):  # which draws nothing
@@ -347,6 +348,33 @@ def test_draws_come_from_its_own_generator():
         known_net(wild, callback).fit(ROWS, TARGET, epochs=3)
         left.append(torch.get_rng_state().tolist())
     assert left[0] == left[1]
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 7, 32, 33])
+def test_each_quarter_of_a_batch_has_a_k(n):
+    net = known_net(wild, DynamicK(), batch_size=12).fit(ROWS, TARGET, epochs=1)
+    callback = dict(net.callbacks_)["dynamic_k"]
+    for _ in range(20):
+        drawn = callback.draw(16.0, n)
+        assert drawn.shape == (n,)
+        assert drawn.dtype == torch.float64
+        values, lengths = torch.unique_consecutive(drawn, return_counts=True)
+        assert len(values) == min(n, 4)
+        assert lengths.max() - lengths.min() <= 1
+
+
+def test_after_a_fit_k_is_drawn_as_at_its_end():
+    """For the statistics of batch norm: from the whole range as often as in the last batches."""
+    far = {}
+    for name, rates in {"constant": [1e-9] * 6, "fallen": [1e-9] * 5 + [1e-15]}.items():
+        net = known_net(knee_at(16, 0.1), DynamicK())
+        net.set_params(callbacks=[("rates", Rates(rates)), *net.callbacks]).fit(ROWS, TARGET, epochs=6)
+        drawn = torch.stack([dict(net.callbacks_)["dynamic_k"].draw(16.0, 4) for _ in range(300)])
+        far[name] = ((drawn < 8) | (drawn > 32)).double().mean().item()
+    # A third of the whole range, by its logarithm, is near: 4 to 256 and 8 to 32.
+    assert far["constant"] == pytest.approx(2 / 3, abs=0.08)
+    assert far["fallen"] == pytest.approx(2 / 3 * dynamic_k._EXPLORE, abs=0.06)
+    assert DynamicK.paper().draw(16.0, 4) is None
 
 
 class Normed(nn.Module):
@@ -381,42 +409,37 @@ def test_comparing_leaves_no_trace():
     assert len(callback.compared_) == 1
     assert callback.compared_[0][0] != callback.compared_[0][1]
     after = net.module_.state_dict()
-    assert not after.pop("k").equal(before.pop("k"))  # drawn, for the batch that now comes
+    assert net.module_.k_by_image.shape == (len(X),)  # drawn, for the batch that now comes
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(p.grad is None for p in net.module_.parameters())
-    assert net.module_.training
     assert kinds == [
         (norm.momentum, norm.track_running_stats) for norm in [*net.module_.norms, net.module_.dropped]
     ]
     callback.on_batch_end(net, training=True)
-    assert net.module_.k.item() == 40
+    assert net.module_.k_by_image is None
 
 
-def test_statistics_are_held_after_an_error_no_longer():
-    module = Normed()
-    with pytest.raises(ValueError, match="4D"), held_statistics(module):
-        module(torch.zeros(2, 5))
-    assert [norm.track_running_stats for norm in module.norms] == [True, True, False]
+def test_k_is_its_own_after_an_error_while_comparing():
+    def failing(k, value):
+        if k < 16:
+            raise RuntimeError("disk gone")
+        return 1.0
+
+    net = known_net(failing, DynamicK())
+    with pytest.raises(RuntimeError, match="disk gone"):
+        net.fit(ROWS, TARGET, epochs=1)
+    assert net.module_.k.item() == 16
 
 
-def test_a_batch_of_one_row_is_not_compared():
-    net = scripted([1.0] * 3, DynamicK(), Normed).set_params(batch_size=1).initialize()
-    callback = dict(net.callbacks_)["dynamic_k"]
-    X, y = (torch.from_numpy(part[:1]) for part in data())
-    callback.on_train_begin(net)
-    callback.on_epoch_begin(net)
-    callback.on_batch_begin(net, batch=(X, y), training=True)
-    assert callback.compared_ == []
-
-
-def test_k_is_its_own_after_training_was_interrupted_within_a_batch():
+def test_nothing_drawn_is_left_after_training_was_interrupted_within_a_batch():
     class Interrupt(Callback):
         def on_grad_computed(self, net, named_parameters, **kwargs):
-            assert net.module_.k.item() != 16
+            assert net.module_.k_by_image is not None
             raise KeyboardInterrupt
 
     net = known_net(wild, DynamicK())
     net.set_params(callbacks=[*net.callbacks, ("interrupt", Interrupt())]).fit(ROWS, TARGET, epochs=1)
+    assert net.module_.k_by_image is None
     assert net.module_.k.item() == 16
 
 
@@ -430,7 +453,7 @@ def test_in_a_net_of_its_own_kind():
     net = NeuralNetClassifier(
         Logits(1, 2, k=100),
         criterion=nn.CrossEntropyLoss,
-        callbacks=[DynamicK(random_state=0)],
+        callbacks=[DynamicK()],
         max_epochs=3,
         batch_size=6,
         train_split=None,
@@ -749,7 +772,7 @@ def assert_same(one, other):
 
 
 RESUMED = {
-    "worth": lambda: DynamicK(random_state=5, tolerance=0.02),
+    "worth": lambda: DynamicK(tolerance=0.02),
     "paper by batch": lambda: DynamicK.paper(k_min=2, shrink=2, grow=3),
     "paper by epoch": lambda: DynamicK.paper(k_min=2, shrink=2, grow=3, update="epoch"),
 }
@@ -772,12 +795,11 @@ def test_state_carries_over_to_a_new_net_to_the_last_bit(rule):
     first = long_known(RESUMED[rule]()).fit(ROWS, TARGET, epochs=4)
     state = dict(first.callbacks_)["dynamic_k"].state_dict()
     assert all(value is None or type(value) in (int, float) for value in state.values())
-    fresh = RESUMED[rule]()
-    if rule == "worth":
-        fresh.random_state = pickle.loads(pickle.dumps(dict(first.callbacks_)["dynamic_k"].rng_))
-    second = long_known(fresh).initialize()
+    second = long_known(RESUMED[rule]()).initialize()
     second.module_.load_state_dict(first.module_.state_dict())
-    dict(second.callbacks_)["dynamic_k"].load_state_dict(state)
+    goes_on = dict(second.callbacks_)["dynamic_k"]
+    goes_on.load_state_dict(state)
+    goes_on.rng_ = pickle.loads(pickle.dumps(dict(first.callbacks_)["dynamic_k"].rng_))
     second.partial_fit(ROWS, TARGET, epochs=5)
     history, state, ks_seen = states(second)
     expected = states(whole)
@@ -852,7 +874,7 @@ def test_k_is_clipped_after_set_params():
     net = known_net(knee_at(1e9, 0.5), DynamicK()).fit(ROWS, TARGET, epochs=1)
     net.set_params(callbacks__dynamic_k__k_max=9).partial_fit(ROWS, TARGET, epochs=2)
     assert net.history[:2, "k"] == [16, 9]
-    assert max(net.module_.ks_seen[3:]) <= 9
+    assert np.max(net.module_.ks_seen[3:]) <= 9
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -954,10 +976,10 @@ def test_clone_pickle_and_parameters():
         assert type(copy) is type(rule)
         assert copy.get_params() == rule.get_params()
         assert copy.get_params()["k_min"] == 3
-    net = known_net(wild, DynamicK(random_state=1))
+    net = known_net(wild, DynamicK())
     net.set_params(callbacks__dynamic_k__step=0.3, module__law=None)
     assert net.get_params()["callbacks__dynamic_k__step"] == 0.3
-    net = scripted(losses_of(4), DynamicK(random_state=np.random.default_rng(0))).fit(*data())
+    net = scripted(losses_of(4), DynamicK()).fit(*data())
     assert not hasattr(dict(clone(net).callbacks)["dynamic_k"], "worth_")
     again = pickle.loads(pickle.dumps(net))
     for each in (net, again):

@@ -306,6 +306,27 @@ def test_distillation_follows_the_equation(seed, scale, dtype, n, k, emphasis, i
     close(loss, reference, rtol=1e-3 if dtype == torch.float32 else 1e-9, atol=1e-6)
 
 
+@given(seed=seeds, dtype=dtypes, emphasis=st.sampled_from([None, 2.0]), is_weighted=st.booleans())
+def test_distillation_of_as_many_pixels_as_each_image_has(seed, dtype, emphasis, is_weighted):
+    """What stands behind them, in its scores and in its attention, does not count; nor does it learn."""
+    rng = np.random.default_rng(seed)
+    scores, attention = tensor(rng.normal(size=(3, 9)), dtype, grad=True), tensor(rng.random((3, 9)), dtype)
+    weight = tensor(rng.uniform(0, 3, 3), dtype) if is_weighted else None
+    ns = rng.integers(1, 10, 3)
+    kept = torch.from_numpy(np.arange(9) < ns[:, None])
+    loss = distillation_loss(scores, attention, emphasis=emphasis, sample_weight=weight, kept=kept)
+    alone = [
+        distillation_reference([a[:n]], [b[:n]], emphasis, None)
+        for a, b, n in zip(scores.tolist(), attention.tolist(), ns, strict=True)
+    ]
+    weights = [1.0] * 3 if weight is None else weight.tolist()
+    expected = sum(w * one for w, one in zip(weights, alone, strict=True)) / 3
+    close(loss, expected, rtol=1e-3 if dtype == torch.float32 else 1e-9, atol=1e-6)
+    loss.backward()
+    assert torch.isfinite(scores.grad).all()
+    assert not scores.grad[~kept].any()
+
+
 @pytest.mark.parametrize("emphasis", [None, 0.5, 2.0])
 @pytest.mark.parametrize("shape", [(3, 6), (1, 5), (2, 1), (1, 1)])
 def test_distillation_gradient(shape, emphasis):

@@ -301,11 +301,34 @@ def test_every_batch_norm_is_renewed_and_momentum_restored():
     assert all(p.grad is None for p in network.parameters())
 
 
-@pytest.mark.parametrize("n_batches", [1, 3, 7])
-def test_recomputing_leaves_k_as_it_is(n_batches):
-    network = make_network(k=23.4)
-    recompute_batch_norm(network, [make_batch(seed=s)[:1] for s in range(n_batches)], torch.device("cpu"))
+def test_statistics_are_those_of_the_ks_drawn():
+    """As in training with these, not those of the network's own k."""
+    images, ks = make_batch(12)[0], torch.linspace(4, 90, 12)
+    drawn = []
+
+    def draw(k, n):
+        drawn.append((k, n))
+        return ks
+
+    network, expected = make_network(k=23.4), make_network(k=23.4)
+    recompute_batch_norm(network, [(images,)], torch.device("cpu"), draw)
+    assert drawn == [(pytest.approx(23.4), 12)]
     assert network.k.item() == 23.4
+    assert network.k_by_image is None
+    expected.k_by_image = ks
+    norms = [m for m in expected.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    expected.eval()
+    for norm in norms:
+        norm.train()
+    expected(images)
+    assert changed(running_statistics(network), running_statistics(expected)) == []
+    other = make_network(k=23.4)
+    recompute_batch_norm(other, [(images,)], torch.device("cpu"))
+    assert any(
+        "tokens.norms" in name for name in changed(running_statistics(network), running_statistics(other))
+    )
 
 
 def test_a_batch_of_one_row_is_left_out():
@@ -364,15 +387,15 @@ def test_momentum_is_restored_after_an_exception():
 
     def batches():
         yield make_batch()[:1]
-        yield make_batch()[:1]  # at another k than its own
         raise RuntimeError("disk gone")
 
     with pytest.raises(RuntimeError, match="disk gone"):
-        recompute_batch_norm(network, batches(), torch.device("cpu"))
+        recompute_batch_norm(network, batches(), torch.device("cpu"), lambda k, n: torch.full((n,), k / 2))
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     assert [norm.momentum for norm in norms] == [0.1] * len(norms)
     assert not any(norm.training for norm in norms)
     assert network.k.item() == 40
+    assert network.k_by_image is None
 
 
 # ---- what a fit starts from ----
