@@ -36,8 +36,10 @@ def read_image(file: Path) -> tuple[np.ndarray, bool]:
 
     Raises
     ------
-    ValueError, OSError
-        If the file is damaged or holds what cannot be read faithfully.
+    ValueError
+        If the file holds what cannot be read faithfully.
+    Exception
+        If the file is damaged; the decoders raise errors of many types.
     """
     with file.open("rb") as opened:
         magic = opened.read(4)

@@ -56,7 +56,6 @@ def read_tiff(file: Path) -> tuple[np.ndarray, bool, int]:
         If the file holds several images, is damaged, or has tags whose meaning cannot be kept.
     """
     with TiffFile(file) as tiff:
-        tiff.pages.useframes = False  # so that the tags of every page are read
         series = _only_series(tiff)
         page = series.keyframe
         sizes = dict(zip(series.axes, series.shape, strict=True))
@@ -79,17 +78,24 @@ def _refusal(page: TiffPage, code: int, reason: str) -> ValueError:
 
 
 def _pages(series: TiffPageSeries) -> list[TiffPage]:
-    """Return the pages that hold an image's channels, less those that are missing."""
-    return [page for page in series if isinstance(page, TiffPage)]
+    """Return the pages of an image, each with its own tags.
+
+    tifffile gives frames, which share the tags of the first page. A virtual frame is a plane that
+    follows the first page without any tags.
+    """
+    return [page.aspage() for page in series if page is not None and not getattr(page, "is_virtual", False)]
 
 
 def _only_series(tiff: TiffFile) -> TiffPageSeries:
     """Return the file's one image, whose axes are Y, X and at most one of channels; else ValueError."""
     found = [series for series in tiff.series if not series.keyframe.is_reduced]  # thumbnails
-    if len(found) != 1:
-        raise ValueError(f"{len(tiff.pages)} pages in {len(found)} images, where one image was expected")
+    levels = [level for series in found for level in series.levels[1:]]
+    if len(found) != 1 or not all(level.keyframe.is_reduced for level in levels):
+        raise ValueError(
+            f"{len(tiff.pages)} pages, of {len(found) + len(levels)} kinds, where one image was expected"
+        )
     (series,) = found
-    if series.is_multifile or len(_pages(series)) < len(list(series)):
+    if series.is_multifile or any(page is None for page in series):
         raise ValueError("its OME-XML names planes that are not in this file; save them in one file")
     others = {a: n for a, n in zip(series.axes, series.shape, strict=True) if a not in "YX"}
     if not {"Y", "X"} <= set(series.axes) or len(series.axes) > 3 or not set(others) <= {"C", "S"}:
