@@ -164,10 +164,8 @@ def _decode_page(page: TiffPage) -> np.ndarray:
             raise _refusal(page, _PREDICTOR, f"it is not read with {page.bitspersample} bits a sample")
         plain.bitspersample = 8 if page.bitspersample < 8 else 16
     image = np.empty(plain.shaped, plain.dtype)
-    segments = page.parent.filehandle.read_segments(
-        page.dataoffsets, page.databytecounts, length=math.prod(page.chunked)
-    )
-    for data, index in segments:
+    n = math.prod(page.chunked)
+    for data, index in page.parent.filehandle.read_segments(page.dataoffsets[:n], page.databytecounts[:n]):
         _, (plane, _, top, left, _), shape = plain.decode(None, index)
         assert isinstance(data, bytes)  # `_check_pages` has seen to it
         _, rows, columns, samples = shape
@@ -213,8 +211,12 @@ def _decompress(page: TiffPage, data: bytes, rows: int, columns: int, samples: i
     file = BytesIO()
     tags.save(file)  # header and tags, after which the one strip begins
     file.write(data)
-    with Image.open(file, formats=["TIFF"]) as image:
-        return image.tobytes()
+    try:
+        with Image.open(file, formats=["TIFF"]) as image:
+            return image.tobytes()
+    except OSError as error:
+        reason = f"the file is damaged, or Pillow is built without this compression ({error})"
+        raise _refusal(page, _COMPRESSION, reason) from error
 
 
 def _unpack(data: bytes, bits: int, per_row: int, byteorder: str) -> bytes:

@@ -153,7 +153,10 @@ def test_the_root_of_a_data_set_already_split_is_refused(tmp_path, parts):
     assert load_image_folder(train).target_names.tolist() == ["a", "b"]
 
 
-@pytest.mark.parametrize("files", [["train/0.png", "test/0.png"], ["train/a/0.png", "lorry/b/0.png"]])
+@pytest.mark.parametrize(
+    "files",
+    [["train/0.png", "test/0.png"], ["train/a/0.png", "lorry/b/0.png"], ["val/a/0.png", "test/b/0.png"]],
+)
 def test_classes_may_be_named_like_parts(tmp_path, files):
     save(*(tmp_path / file for file in files))
     with warnings.catch_warnings():

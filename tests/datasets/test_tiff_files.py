@@ -48,7 +48,10 @@ def write_squeezed(file, array, compression, stored=None):
     pixels = np.ascontiguousarray(array if stored is None else stored)
     rows = pixels.view(np.uint8).reshape(height, -1)
     info = {277: 1, 317: 1, 339: 1, 278: 5}  # strips of 5 rows
-    Image.fromarray(rows).save(file, compression=compression, tiffinfo=info)
+    try:
+        Image.fromarray(rows).save(file, compression=compression, tiffinfo=info)
+    except OSError:
+        pytest.skip(f"this Pillow is built without {compression}")
     relabel(
         file,
         ImageWidth=width,
@@ -174,13 +177,15 @@ def test_one_bit(tmp_path, compression, white_is_zero):
     np.testing.assert_array_equal(read(tmp_path / "0.tif"), 255 * expected)
 
 
-@pytest.mark.parametrize("shape", [(40, 48), (40, 48, 3)])
-def test_jpeg_compression(tmp_path, shape):
+@pytest.mark.parametrize(
+    ("shape", "mode", "photometric"), [((40, 48), "L", 1), ((40, 48, 3), "RGB", 2), ((40, 48, 3), "YCbCr", 6)]
+)
+def test_jpeg_compression(tmp_path, shape, mode, photometric):
     array = np.full(shape, 60, dtype=np.uint8)
     array[:16] = [200, 40, 90] if len(shape) == 3 else 180
-    Image.fromarray(array).save(tmp_path / "0.tif", compression="jpeg", quality=95)
+    Image.fromarray(array).convert(mode).save(tmp_path / "0.tif", compression="jpeg", quality=95)
     with tifffile.TiffFile(tmp_path / "0.tif") as tiff:
-        assert tiff.pages[0].compression == 7
+        assert (tiff.pages[0].compression, tiff.pages[0].photometric) == (7, photometric)
     found = read(tmp_path / "0.tif")
     assert found.shape == shape
     np.testing.assert_allclose(found.astype(int), array, atol=6)
@@ -246,11 +251,12 @@ def test_samples_that_differ_are_refused(tmp_path):
         read(tmp_path / "0.tif")
 
 
-@pytest.mark.parametrize("photometric", ["cfa", "cielab", "separated"])
+@pytest.mark.parametrize("photometric", ["cfa", "cielab", "separated", "ycbcr"])
 def test_other_colours_are_refused(tmp_path, photometric):
-    channels = {"cfa": 1, "cielab": 3, "separated": 4}[photometric]
+    channels = {"cfa": 1, "cielab": 3, "separated": 4, "ycbcr": 3}[photometric]
     array = np.zeros((10, 8, channels), np.uint8)[..., 0 if channels == 1 else slice(None)]
-    tifffile.imwrite(tmp_path / "0.tif", array, photometric=photometric)
+    options = {"subsampling": (1, 1)} if photometric == "ycbcr" else {}
+    tifffile.imwrite(tmp_path / "0.tif", array, photometric=photometric, **options)
     with pytest.raises(ValueError, match=r"PhotometricInterpretation \(262\)"):
         read(tmp_path / "0.tif")
 
@@ -313,6 +319,10 @@ def test_gray_refuses_channels_that_are_not_colours(tmp_path):
     )
     with pytest.raises(ValueError, match=r"a/0\.tif: 3 channels that are not RGB"):
         load_image_folder(tmp_path, gray=True)
+    colours = np.zeros((12, 10, 4), np.uint8)
+    tifffile.imwrite(tmp_path / "a" / "0.tif", colours, photometric="rgb", extrasamples=["unspecified"])
+    with pytest.raises(ValueError, match=r"a/0\.tif: 4 channels that are not RGB"):
+        load_image_folder(tmp_path, gray=True)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +334,7 @@ def test_pages_that_are_not_said_to_be_channels_are_refused(tmp_path, options):
         read(tmp_path / "0.tif")
 
 
-@pytest.mark.parametrize("part", [slice(None, None, 2), slice(0, 3)])
+@pytest.mark.parametrize("part", [slice(None, None, 2), slice(0, 5)])
 def test_different_images_in_one_file_are_refused_but_not_a_thumbnail(tmp_path, part):
     image = np.arange(120, dtype=np.uint8).reshape(12, 10)
     for kind in (0, 1):
@@ -349,6 +359,8 @@ def test_pages_with_other_tags_are_refused(tmp_path):
 
 # ---- damage ----
 
+DAMAGE = (ValueError, tifffile.TiffFileError, zlib.error)
+
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "zstd", "packbits", "tiff_adobe_deflate"])
 def test_cut_files_are_refused(tmp_path, compression):
@@ -358,7 +370,7 @@ def test_cut_files_are_refused(tmp_path, compression):
     with tifffile.TiffFile(tmp_path / "0.tif") as tiff:
         offsets, counts = tiff.pages[0].dataoffsets, tiff.pages[0].databytecounts
     relabel(tmp_path / "0.tif", StripByteCounts=[*counts[:-1], counts[-1] // 2])
-    with pytest.raises((ValueError, OSError, zlib.error)):
+    with pytest.raises(DAMAGE):
         read(tmp_path / "0.tif")
     (tmp_path / "0.tif").write_bytes(whole)
     relabel(tmp_path / "0.tif", StripOffsets=[*offsets[:-1], 0])
@@ -372,5 +384,5 @@ def test_files_that_end_early_are_refused(tmp_path, options):
     tifffile.imwrite(tmp_path / "0.tif", array, **options)
     whole = (tmp_path / "0.tif").read_bytes()
     (tmp_path / "0.tif").write_bytes(whole[:-40])
-    with pytest.raises((ValueError, zlib.error)):
+    with pytest.raises(DAMAGE):
         read(tmp_path / "0.tif")
