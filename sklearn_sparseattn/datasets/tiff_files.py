@@ -206,7 +206,7 @@ def _decompress(page: TiffPage, data: bytes, rows: int, columns: int, samples: i
     ):
         tags[code] = value
     for code in (*_FAX_AND_ORDER, _JPEG_TABLES, _SUBSAMPLING):
-        if code in page.tags and (code != _SUBSAMPLING or photometric == _YCBCR):
+        if code in page.tags:
             tags[code] = page.tags.valueof(code)
     file = BytesIO()
     tags.save(file)  # header and tags, after which the one strip begins
