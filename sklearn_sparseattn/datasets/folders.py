@@ -8,23 +8,21 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from joblib import Parallel, delayed
-from PIL import Image, ImageFile
+from PIL import Image
 from sklearn.utils import Bunch, check_scalar
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
-_FORMATS = ("BMP", "JPEG", "PNG", "TIFF")
+from .folder_listing import Listing, list_images
+from .image_files import read_image
+
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 _MAX_LISTED = 20
-_BITS_PER_SAMPLE = 258  # the TIFF tag
-# How PIL reads PNG of 16 bits and several channels, and how the other bytes are had.
-_DEEP_PNG = {"RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L", "LA;16B": "RGBA"}
+_DEPTHS = {"uint8": "8-bit", "uint16": "16-bit", "float32": "float32"}
 
 
 def load_image_folder(
@@ -39,9 +37,16 @@ def load_image_folder(
     """Load a folder of class folders of images.
 
     Each folder in `path` is a class, named after the folder; the images in it and in folders
-    below it are its samples: PNG, JPEG, TIFF and BMP, of 8 or 16 bits, whatever the case of the
-    suffix. Hidden files and folders, and files with other suffixes, are passed over. Alpha channels
-    are dropped, palettes resolved, and 1-bit images become 0 and 255.
+    below it are its samples: PNG, JPEG, TIFF and BMP, whatever the case of the suffix. Links to
+    folders are followed. Hidden files and folders, and files with other suffixes, are passed over.
+
+    Images are gray, RGB or, from TIFF files, of any number of channels, and of 8 bits, 16 bits or,
+    from TIFF files, floats. Every file is turned upright as its orientation tag says, as image
+    viewers do. Palettes are resolved, white is the largest value, and images of 1, 2 and 4 bits
+    are spread over 0 to 255. Alpha channels are dropped, except in a TIFF file that stores its
+    channels plane by plane. Channels of a TIFF file are those of one page, or pages that OME or
+    ImageJ metadata call channels. A TIFF file whose tags ask for what is not supported is unfit,
+    and the message names the tag.
 
     Parameters
     ----------
@@ -60,16 +65,18 @@ def load_image_folder(
         processors.
     on_error : {"raise", "warn"}, default="raise"
         What to do about files that are empty, cannot be read, have several pages, are smaller
-        than `crop`, or differ from most others in bit depth or in being coloured, and about class
-        folders without an image: name them all in one error, or leave them out with one warning.
+        than `crop`, or differ from most others in bit depth or in their channels, about class
+        folders without an image, and about folders and links that cannot be followed: name them
+        all in one error, or leave them out with one warning.
 
     Returns
     -------
     data : :class:`~sklearn.utils.Bunch`
         With the keys
 
-        images : ndarray of shape (n, H, W) or (n, H, W, 3), uint8 or uint16
-            Gray or RGB, with the bit depth of the files.
+        images : ndarray of shape (n, H, W) or (n, H, W, C), uint8, uint16 or float32
+            Gray, RGB or of C channels, with the bit depth of the files. Floats of 16 and 64 bits
+            become float32.
         target : ndarray of shape (n,), int64
             Class numbers.
         target_names : ndarray of shape (n_classes,), str
@@ -80,18 +87,20 @@ def load_image_folder(
 
     Raises
     ------
-    FileNotFoundError, NotADirectoryError
-        If `path` is missing or not a folder.
+    FileNotFoundError, NotADirectoryError, PermissionError
+        If `path` is missing, not a folder or may not be listed.
     TypeError
         If a parameter is of the wrong type.
     ValueError
-        If a parameter is out of its range, there is no class folder, some files are unfit
+        If a parameter is out of its range, there is no class folder, the folders in `path` are
+        the parts of a data set (train, val, test) with class folders inside, some files are unfit
         and `on_error="raise"`, no image is left, or sizes differ and `image_size` is None.
 
     Warns
     -----
     UserWarning
-        If files or class folders are left out, with `on_error="warn"`.
+        If files or folders are left out, with `on_error="warn"`; and always if there are images
+        in formats that are not read, or links to a folder that holds the link.
 
     See Also
     --------
@@ -121,19 +130,22 @@ def load_image_folder(
     size = _check_pair(image_size, "image_size", "None")
     window = crop if crop == "square" else _check_pair(crop, "crop", "'square' or None")
     root = Path(path)
-    files, labels, names, empty = _list_files(root)
+    listing = list_images(root)
+    for note in listing.notes(root):
+        warnings.warn(note, UserWarning, stacklevel=2)
+    files = listing.files
     loaded = Parallel(n_jobs=n_jobs, require="sharedmem")(
         delayed(_load)(root / file, window, size, gray) for file in files
     )
-    kept = _sift(files, loaded, empty, on_error, root)
+    kept = _sift(listing, loaded, on_error, root)
     images = np.empty((len(kept), *loaded[kept[0]].shape), dtype=loaded[kept[0]].dtype)
     for row, index in enumerate(kept):
         images[row], loaded[index] = loaded[index], None  # so that nothing is held twice
-    present, target = np.unique(labels[kept], return_inverse=True)
+    present, target = np.unique(np.array(listing.labels)[kept], return_inverse=True)
     return Bunch(
         images=images,
         target=target.astype(np.int64),
-        target_names=np.array(names)[present],
+        target_names=np.array(listing.names)[present],
         filenames=np.array([os.path.join(path, files[index]) for index in kept]),
     )
 
@@ -156,41 +168,6 @@ def _check_pair(value: Any, name: str, otherwise: str) -> tuple[int, int] | None
     return int(height), int(width)
 
 
-def _list_files(root: Path) -> tuple[list[str], np.ndarray, list[str], list[str]]:
-    """List the image files relative to `root`, their labels, the classes, and the empty ones."""
-    if not root.exists():
-        raise FileNotFoundError(f"path {str(root)!r} does not exist.")
-    if not root.is_dir():
-        raise NotADirectoryError(
-            f"path {str(root)!r} is not a folder; it must be one that holds a folder per class."
-        )
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not names:
-        raise ValueError(
-            f"path {str(root)!r} holds no class folder; it must hold one folder per class, "
-            "with the images of the class inside."
-        )
-    files: list[str] = []
-    labels: list[int] = []
-    empty = []
-    for label, name in enumerate(names):
-        found = sorted(_walk(root, name))
-        files += found
-        labels += [label] * len(found)
-        if not found:
-            empty.append(name)
-    return files, np.array(labels, dtype=np.int64), names, empty
-
-
-def _walk(root: Path, name: str) -> Iterator[str]:
-    """Yield the image files below one class folder, relative to `root`, hidden ones left out."""
-    for folder, below, files in os.walk(root / name):
-        below[:] = [b for b in below if not b.startswith(".")]
-        for file in files:
-            if file.lower().endswith(SUFFIXES) and not file.startswith("."):
-                yield os.path.relpath(os.path.join(folder, file), root)
-
-
 def _load(
     file: Path,
     window: tuple[int, int] | Literal["square"] | None,
@@ -201,66 +178,16 @@ def _load(
     try:
         if file.stat().st_size == 0:
             return "empty file"
-        image = _read(file)
-        if gray and image.ndim == 3:
-            image = np.rint(image @ _LUMINANCE).astype(image.dtype)
+        image, is_colour = read_image(file)
         image = _crop(image, window)
-        return image if size is None else _resize(image, size)
+        if gray and image.ndim == 3:
+            image = _to_luminance(image, is_colour)
+        if size is not None:
+            return _resize(image, size)
+        return image if image.base is None else image.copy()  # so that no larger array is kept for it
     # Decoders meet damaged files with errors of many types; the user wants the file's name.
     except Exception as error:
         return str(error).replace(str(file), "file") or type(error).__name__
-
-
-def _read(file: Path) -> np.ndarray:
-    """Decode a file to (H, W) or (H, W, 3), uint8 or uint16; ValueError if it is neither."""
-    with Image.open(file, formats=_FORMATS) as image:
-        n_pages = getattr(image, "n_frames", 1)
-        if n_pages > 1:
-            raise ValueError(f"{n_pages} pages, where one image was expected")
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and image.width * image.height > limit:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS")
-        if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
-            raise ValueError("more than 16 bits or signed, where 8 or 16 bits were expected")
-        if image.mode.startswith("I"):
-            return np.asarray(image).astype(np.uint16)
-        if image.format == "PNG" and image.tile[0][3] in _DEEP_PNG:
-            return _read_deep_png(image, file)
-        tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
-        if max(tags.get(_BITS_PER_SAMPLE, (8,))) > 8:
-            return _read_deep_tiff(file)
-        if image.mode in ("1", "L", "LA", "La"):
-            return np.asarray(image.convert("L"))
-        if image.mode == "P":  # by way of RGBA, since PIL warns about transparent palettes
-            array = np.asarray(image.convert("RGBA"))[..., :3]
-            return array[..., 0] if (array == array[..., :1]).all() else array
-        return np.asarray(image.convert("RGB"))
-
-
-def _read_deep_png(image: ImageFile.ImageFile, file: Path) -> np.ndarray:
-    """Both bytes of a 16-bit PNG with several channels, of which PIL keeps only the high ones.
-
-    PIL has no such mode. But told that the samples are little-endian it takes the other byte of
-    each, so that two passes over a colour file give both; and told that 16-bit gray with alpha is
-    8-bit RGBA, it gives all four bytes at once.
-    """
-    rawmode = _DEEP_PNG[str(image.tile[0][3])]
-    with Image.open(file, formats=_FORMATS) as other:
-        other.tile = [(*other.tile[0][:3], rawmode)]  # type: ignore[list-item]
-        second = np.asarray(other)
-    if rawmode == "RGBA":
-        return (second[..., 0].astype(np.uint16) << 8) | second[..., 1]
-    return (np.asarray(image)[..., :3].astype(np.uint16) << 8) | second[..., :3]
-
-
-def _read_deep_tiff(file: Path) -> np.ndarray:
-    """Read a colour TIFF of 16 bits, which PIL cuts down to 8."""
-    import tifffile  # here, as few need it and it takes long to load
-
-    array = tifffile.imread(file)
-    if array.dtype != np.uint16 or array.ndim != 3 or array.shape[2] not in (3, 4):
-        raise ValueError(f"TIFF of shape {array.shape}, {array.dtype}, where RGB was expected")
-    return array[..., :3]
 
 
 def _crop(image: np.ndarray, window: tuple[int, int] | Literal["square"] | None) -> np.ndarray:
@@ -275,30 +202,41 @@ def _crop(image: np.ndarray, window: tuple[int, int] | Literal["square"] | None)
     return image[top : top + rows, left : left + cols]
 
 
+def _to_luminance(image: np.ndarray, is_colour: bool) -> np.ndarray:
+    """Turn RGB into gray, of the same dtype."""
+    if not is_colour:
+        raise ValueError(f"{image.shape[2]} channels that are not RGB, which gray=True cannot make gray")
+    luminance = image @ _LUMINANCE
+    return luminance if image.dtype == np.float32 else np.rint(luminance).astype(image.dtype)
+
+
 def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize with antialiasing and keep the dtype."""
-    target = (size[1], size[0])
-    bicubic = Image.Resampling.BICUBIC
-    if image.dtype == np.uint8:
-        return np.asarray(Image.fromarray(image).resize(target, bicubic))
-    channels = [
-        np.asarray(Image.fromarray(channel.astype(np.float32)).resize(target, bicubic))
-        for channel in np.atleast_3d(image).transpose(2, 0, 1)
-    ]
-    resized = np.clip(np.rint(np.stack(channels, axis=-1)), 0, 65535).astype(np.uint16)
-    return resized if image.ndim == 3 else resized[..., 0]
+    """Resize with antialiasing, channel by channel, and keep the dtype."""
+    resized = np.empty((*size, *image.shape[2:]), dtype=image.dtype)
+    for source, target in zip(_channels(image), _channels(resized), strict=True):
+        deep = source.astype(np.float32) if image.dtype == np.uint16 else np.ascontiguousarray(source)
+        channel = np.asarray(Image.fromarray(deep).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+        target[:] = np.clip(np.rint(channel), 0, 65535) if image.dtype == np.uint16 else channel
+    return resized
 
 
-def _sift(files: list[str], loaded: list[Any], empty: list[str], on_error: str, root: Path) -> list[int]:
+def _channels(image: np.ndarray) -> np.ndarray:
+    """View an image (H, W) or (H, W, C) as (C, H, W)."""
+    return np.moveaxis(np.atleast_3d(image), -1, 0)
+
+
+def _sift(listing: Listing, loaded: list[Any], on_error: str, root: Path) -> list[int]:
     """Return the indices of the images to keep; raise or warn about all that is unfit."""
-    problems = {f"{name}{os.sep}": "class folder without an image" for name in empty}
+    files = listing.files
+    problems = dict(listing.problems)
     problems |= {f: item for f, item in zip(files, loaded, strict=True) if isinstance(item, str)}
     kept = [i for i, item in enumerate(loaded) if not isinstance(item, str)]
     hints = []
 
     kept, odd, usual = _split_by_majority(kept, [_kind(loaded[i]) for i in kept])
     problems |= {files[i]: f"{kind}, where most are {usual}" for i, kind in odd.items()}
-    if any(kind[:2] == usual[:2] for kind in odd.values()):
+    depth = usual.split(" ")[0]
+    if any({kind, usual} == {f"{depth} gray", f"{depth} RGB"} for kind in odd.values()):
         hints.append("gray=True makes colour images gray.")
 
     sizes = ["{} x {}".format(*loaded[i].shape[:2]) for i in kept]
@@ -320,9 +258,9 @@ def _sift(files: list[str], loaded: list[Any], empty: list[str], on_error: str, 
 
 
 def _kind(image: np.ndarray) -> str:
-    """Bit depth and colour of an image, in words."""
-    depth = "8-bit" if image.dtype == np.uint8 else "16-bit"
-    return f"{depth} {'RGB' if image.ndim == 3 else 'gray'}"
+    """Bit depth and channels of an image, in words."""
+    channels = {(): "gray", (3,): "RGB"}.get(image.shape[2:]) or f"of {image.shape[2]} channels"
+    return f"{_DEPTHS[image.dtype.name]} {channels}"
 
 
 def _split_by_majority(indices: list[int], values: list[str]) -> tuple[list[int], dict[int, str], str]:

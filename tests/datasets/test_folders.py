@@ -10,7 +10,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from sklearn_sparseattn.datasets import folders, load_image_folder
+from sklearn_sparseattn.datasets import folder_listing, load_image_folder
 
 
 def picture(shape, dtype=np.uint8, seed=0):
@@ -241,6 +241,7 @@ def broken_folder(gray_folder):
     (bad / "cut.png").write_bytes(whole[: len(whole) // 2])
     pages = np.zeros((2, 20, 30), dtype=np.uint8)
     tifffile.imwrite(bad / "pages.tif", pages, photometric="minisblack")
+    tifffile.imwrite(bad / "signed.tif", np.zeros((20, 30), dtype=np.int16))
     tifffile.imwrite(bad / "float.tif", np.zeros((20, 30), dtype=np.float32))
     save(picture((20, 30), np.uint16), bad / "deep.png")
     save(picture((20, 30, 3)), bad / "colour.png")
@@ -254,7 +255,8 @@ BROKEN = {
     "a/text.jpg": "cannot identify image file",
     "a/cut.png": "truncated",
     "a/pages.tif": "2 pages",
-    "a/float.tif": "more than 16 bits",
+    "a/signed.tif": "TIFF tag SampleFormat (339) is INT: samples of 16 bits in SampleFormat 2 are not read",
+    "a/float.tif": "float32 gray, where most are 8-bit gray",
     "a/deep.png": "16-bit gray, where most are 8-bit gray",
     "a/colour.png": "8-bit RGB, where most are 8-bit gray",
 }
@@ -268,7 +270,7 @@ def assert_all_named(message):
 
 
 def test_one_error_names_all_unfit_files(broken_folder):
-    with pytest.raises(ValueError, match="8 of the files") as caught:
+    with pytest.raises(ValueError, match="9 of the files") as caught:
         load_image_folder(broken_folder)
     assert_all_named(str(caught.value))
     assert "gray=True" in str(caught.value)
@@ -276,7 +278,7 @@ def test_one_error_names_all_unfit_files(broken_folder):
 
 
 def test_one_warning_names_all_unfit_files(broken_folder):
-    with pytest.warns(UserWarning, match="Left out 8") as caught:
+    with pytest.warns(UserWarning, match="Left out 9") as caught:
         data = load_image_folder(broken_folder, on_error="warn")
     assert len(caught) == 1
     assert_all_named(str(caught[0].message))
@@ -362,4 +364,5 @@ def test_errors_name_parameter_and_value(gray_folder, kwargs, error, message):
 
 
 def test_suffixes_are_what_the_documentation_says():
-    assert set(folders.SUFFIXES) == {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff"}
+    expected = {".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff"}
+    assert set(folder_listing.SUFFIXES) == expected
