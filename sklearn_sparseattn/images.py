@@ -1,7 +1,7 @@
 """X as the user has it -> batches of images.
 
 X is validated where it lies and never copied whole: rows are made dense, put into image form and scaled
-when their batch is made. Imports no other room of the package.
+when their batch is made. Imports no other room of the package but `image_forms`.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,9 @@ import numpy.typing as npt
 from scipy import sparse
 from sklearn.utils.validation import validate_data
 
-ImageShape = tuple[int, int, int]
+from .image_forms import ImageShape as ImageShape
+from .image_forms import check_shape, new_shape, stacked
 
-# Beyond these channel counts a last axis is taken for the width of an image.
-_MOST_CHANNELS = 4
 _MOST = np.finfo(np.float64).max
 
 
@@ -345,9 +343,9 @@ def validate_images(
     is_plain = type(X) is np.ndarray and X.dtype == np.uint8 and X.ndim > 1 and X.size > 0
     is_alone = isinstance(y, str) and y == "no_validation"
     if is_plain and is_alone and not (reset or hasattr(estimator, "feature_names_in_")):
-        _check_shape(X.shape, estimator.image_shape_, type(estimator).__name__)  # nothing else is to refuse
+        check_shape(X.shape, estimator.image_shape_, type(estimator).__name__)  # nothing else is to refuse
         return ImageRows(X, estimator.image_shape_), y
-    _refuse_mixed_sizes(X)
+    X = stacked(X)
     if isinstance(X, list | tuple):
         with contextlib.suppress(ValueError):  # ragged: scikit-learn's to say
             X = np.asarray(X)  # of objects, scikit-learn turns an array into numbers, but not a list
@@ -366,85 +364,9 @@ def validate_images(
             "X.reshape(1, -1) if it is a single image, X.reshape(-1, 1) if its images have one pixel."
         )
     if reset:
-        shape = _new_shape(data.shape, image_shape)
+        shape = new_shape(data.shape, image_shape)
         estimator.image_shape_ = shape
         estimator.n_features_in_ = math.prod(shape)
     else:
-        _check_shape(data.shape, estimator.image_shape_, type(estimator).__name__)
+        check_shape(data.shape, estimator.image_shape_, type(estimator).__name__)
     return ImageRows(data, estimator.image_shape_), y
-
-
-def _refuse_mixed_sizes(X: Any) -> None:
-    """Name the remedy for a list of images that do not stack."""
-    of_objects = isinstance(X, np.ndarray) and X.dtype.kind == "O" and X.ndim == 1
-    if of_objects or isinstance(X, list | tuple):
-        shapes = {np.shape(image) for image in X if hasattr(image, "shape")}
-        if len(shapes) > 1:
-            examples = ", ".join(map(str, sorted(shapes)[:3]))
-            raise ValueError(
-                f"X holds images of {len(shapes)} different shapes ({examples}...); all must be the same. "
-                "Crop or resize them first, for instance with sklearn_sparseattn.datasets."
-                "load_image_folder(path, crop=..., image_size=...)."
-            )
-
-
-def _new_shape(shape: tuple[int, ...], image_shape: Sequence[int] | None) -> ImageShape:
-    """(H, W, C) of X in a fit."""
-    given = None if image_shape is None else _full_shape(image_shape)
-    if len(shape) == 2:
-        return _shape_of_rows(shape[1], given)
-    if len(shape) > 4 or 0 in shape:
-        raise ValueError(f"X has shape {shape}: (n, features), (n, H, W) or (n, H, W, C) is expected.")
-    own = (*shape[1:], 1) if len(shape) == 3 else shape[1:]
-    if given is not None and own != given:
-        raise ValueError(f"image_shape={tuple(image_shape or ())} does not fit X of shape {shape}.")
-    if given is None and _channels_first(shape):
-        raise ValueError(
-            f"X has shape {shape}, which looks like channels first. Channels come last here: "
-            "use np.moveaxis(X, 1, -1), or say image_shape=(H, W, C) if the shape is meant so."
-        )
-    return own  # type: ignore[return-value]
-
-
-def _full_shape(image_shape: Sequence[int]) -> ImageShape:
-    if len(image_shape) not in (2, 3) or not all(
-        isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in image_shape
-    ):
-        raise ValueError(
-            f"image_shape={image_shape!r} is no image shape: (H, W) or (H, W, C) of positive integers."
-        )
-    height, width, channels = (*map(int, image_shape), 1)[:3]
-    return height, width, channels
-
-
-def _shape_of_rows(n_features: int, given: ImageShape | None) -> ImageShape:
-    if given is not None:
-        if math.prod(given) != n_features:
-            raise ValueError(
-                f"image_shape={given} has {math.prod(given)} values, but the rows of X have {n_features} "
-                "features."
-            )
-        return given
-    side = math.isqrt(n_features)
-    return (side, side, 1) if side * side == n_features else (1, n_features, 1)
-
-
-def _channels_first(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 4 and shape[1] in (1, 3) and shape[3] > _MOST_CHANNELS
-
-
-def _check_shape(shape: tuple[int, ...], expected: ImageShape, name: str) -> None:
-    """Hold the shape of X against that of the fit."""
-    if len(shape) == 2:
-        n_features = math.prod(expected)
-        if shape[1] != n_features:
-            raise ValueError(
-                f"X has {shape[1]} features, but {name} is expecting {n_features} features as input."
-            )
-        return
-    own = (*shape[1:], 1) if len(shape) == 3 else shape[1:]
-    if own != expected:
-        hint = " Channels come last: use np.moveaxis(X, 1, -1)." if _channels_first(shape) else ""
-        raise ValueError(
-            f"X has images of shape {own}, but {name} was fitted to (H, W, C) = {expected}.{hint}"
-        )

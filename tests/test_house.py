@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "training": {"files", "images", "network", "parameters"},
     "inference": {"images", "network"},
     "files": set(),
-    "images": set(),
+    "image_forms": set(),
+    "images": {"image_forms"},
     "network": set(),
     "parameters": set(),
     "datasets": set(),
@@ -53,6 +54,7 @@ MAY_IMPORT = {
 # Prefixes of foreign modules that a room must not import, and exceptions from them.
 FOREIGN = {
     "network": ({"sklearn", "skorch"}, set()),
+    "image_forms": ({"sklearn", "skorch"}, set()),
     "images": ({"sklearn", "skorch"}, {"sklearn.utils", "sklearn.exceptions"}),
 }
 # They reach a fitted estimator by its public attributes.

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 from scipy import sparse
 from sklearn.base import BaseEstimator
 
@@ -217,7 +218,16 @@ def test_y_is_checked_with_x():
 # ---- what is refused ----
 
 
-@pytest.mark.parametrize("shape", [(4, 1, 28, 28), (4, 3, 64, 48), (4, 3, 2, 5)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (4, 1, 28, 28),
+        (4, 3, 64, 48),
+        (4, 3, 2, 5),
+        *((4, n_channels, 20, 20) for n_channels in (2, 4, 5, 12, 16)),
+        (4, 2, 5, 5),
+    ],
+)
 def test_channels_first_is_refused_with_the_remedy(shape):
     with pytest.raises(ValueError, match=re.escape("np.moveaxis(X, 1, -1)")):
         fit(numbers(shape))
@@ -226,6 +236,75 @@ def test_channels_first_is_refused_with_the_remedy(shape):
     np.testing.assert_array_equal(everything(images), last)
     with pytest.raises(ValueError, match=re.escape("np.moveaxis(X, 1, -1)")):
         again(reader, numbers(shape))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8, 100), (3, 20, 30, 12), (3, 40, 20, 20), (3, 17, 20, 20)])
+def test_what_cannot_be_channels_first_is_taken_as_it_is(shape):
+    assert fit(numbers(shape))[0].image_shape_ == shape[1:]
+    channels_first = (2, 4, 20, 20)
+    assert fit(numbers(channels_first), image_shape=(4, 20, 20))[0].image_shape_ == (4, 20, 20)
+
+
+@pytest.mark.parametrize(
+    ("n_features", "said"),
+    [(3072, (32, 32, 3)), (2 * 64, (8, 8, 2)), (11 * 81, (9, 9, 11)), (5 * 81, (9, 9, 5))],
+)
+def test_rows_that_may_be_images_with_channels_are_warned_of(n_features, said):
+    with pytest.warns(UserWarning, match=re.escape(f"image_shape={said}, or (1, {n_features})")):
+        reader, _ = fit(numbers((3, n_features)))
+    assert reader.image_shape_ == (1, n_features, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for own in ((1, n_features), said):
+            fit(numbers((3, n_features)), image_shape=own)
+        again(reader, numbers((3, n_features)))
+        for n in (1, 12, 64, 127, 4096, 3071):
+            fit(numbers((3, n)))
+
+
+def in_objects(images):
+    X = np.empty(len(images), dtype=object)
+    X[:] = images
+    return X
+
+
+def pictures(images):
+    return [Image.fromarray(image) for image in images]
+
+
+@pytest.mark.parametrize("shape", [(5, 9, 7), (5, 9, 7, 3)])
+@pytest.mark.parametrize(
+    "form",
+    [list, tuple, in_objects, lambda X: pd.Series(list(X)), pictures, lambda X: pd.Series(pictures(X))],
+    ids=["list", "tuple", "objects", "column", "pictures", "column of pictures"],
+)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_images_that_come_one_by_one_are_stacked(form, shape, dtype):
+    X = numbers(shape, dtype)
+    try:
+        given = form(list(X))
+    except TypeError:
+        assert dtype == np.float32  # Pillow has no colours in floats
+        return
+    reader, images = fit(given)
+    assert images.data.dtype == dtype
+    np.testing.assert_array_equal(everything(images).reshape(shape), X)
+    np.testing.assert_array_equal(everything(again(reader, given)).reshape(shape), X)
+
+
+@pytest.mark.parametrize("form", [pictures, lambda X: pd.Series(X), lambda X: pd.Series(pictures(X))])
+def test_pictures_of_several_sizes_are_named(form):
+    images = [np.zeros((n, 6), np.uint8) for n in (4, 6, 5)]
+    with pytest.raises(ValueError, match=r"3 different shapes \(\(4, 6\), \(5, 6\), \(6, 6\)"):
+        fit(form(images))
+
+
+def test_masked_pixels_are_refused():
+    X = numbers((4, 5, 6))
+    masked = np.ma.masked_array(X, mask=X[1, 2, 3] == X)
+    with pytest.raises(ValueError, match=r"masked.*X\.filled\(0\)"):
+        fit(masked)
+    np.testing.assert_array_equal(everything(fit(np.ma.masked_array(X))[1])[..., 0], X)
 
 
 def crops(as_objects):
