@@ -8,7 +8,6 @@ import copy
 import json
 import math
 import os
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from sklearn.utils.validation import check_is_fitted
 
 from .classifier import SparseAttnClassifier
-from .files import resolve_target, write_whole
+from .files import package_version, resolve_target, write_whole
 from .images import ImageShape
 from .inference import is_plain
 from .network.selection import LEAST, n_closing
@@ -208,7 +207,7 @@ class _Graph:
             opset_imports=[helper.make_opsetid("", _OPSET)],
             ir_version=_IR_VERSION,
             producer_name="sklearn-sparseattn",
-            producer_version=metadata.version("sklearn-sparseattn"),
+            producer_version=package_version(),
         )
 
 

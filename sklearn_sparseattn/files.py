@@ -1,10 +1,25 @@
-"""Files that are there whole or not at all. Imports no other room of the package."""
+"""Files that are there whole or not at all, and what is written into them. Imports no other room."""
 
 import contextlib
 import os
 import secrets
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
+
+
+def package_version() -> str:
+    """Give the version of this package.
+
+    Returns
+    -------
+    str
+        As installed; "unknown" where it was copied, or frozen into a program, without its metadata.
+    """
+    try:
+        return metadata.version("sklearn-sparseattn")
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def resolve_target(path: str | os.PathLike[str]) -> Path:

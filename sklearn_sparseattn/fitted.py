@@ -8,6 +8,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from numbers import Integral
 from typing import Any
 
@@ -35,7 +36,7 @@ from .parameters import capped, check_predict_k, to_pixels
 
 
 def all_or_nothing(fit: Callable) -> Callable:
-    """Let a fit that fails leave the estimator as it was, and fit whatever PyTorch's grad mode is outside.
+    """Let a fit that fails leave the estimator as it was. PyTorch's grad mode and autocast do not matter.
 
     Parameters
     ----------
@@ -52,7 +53,9 @@ def all_or_nothing(fit: Callable) -> Callable:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         before = self.__dict__.copy()
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad(), ExitStack() as plain:
+                for device in ("cpu", "cuda"):
+                    plain.enter_context(torch.autocast(device, enabled=False))
                 return fit(self, *args, **kwargs)
         except BaseException:
             self.__dict__.clear()
@@ -99,7 +102,7 @@ def network_of(form: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Spa
         If the arrays are not those of such a network.
     """
     with torch.device("meta"):  # where nothing is drawn, and nothing takes memory
-        network = SparseAttnNet(k=1, **form)
+        network = SparseAttnNet(k=1, **form).float()  # whatever PyTorch's default dtype is
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
     expected, found = (
         {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}

@@ -11,7 +11,6 @@ import os
 import platform
 import warnings
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from safetensors.numpy import save
 from sklearn.utils.validation import check_is_fitted
 
 from .classifier import SparseAttnClassifier
-from .files import resolve_target, write_whole
+from .files import package_version, resolve_target, write_whole
 from .fitted import network_arrays, network_of
 from .inference import resolve_device
 from .network import SparseAttnNet
@@ -245,7 +244,7 @@ def _versions() -> dict[str, str]:
     modules = {"numpy": np, "scikit-learn": sklearn, "skorch": skorch, "torch": torch}
     versions = {name: str(module.__version__) for name, module in modules.items()}
     return {
-        "sklearn-sparseattn": metadata.version("sklearn-sparseattn"),
+        "sklearn-sparseattn": package_version(),
         "python": platform.python_version(),
         **versions,
     }

@@ -144,7 +144,7 @@ def run(
         parts = {
             name: torch.from_numpy(part.reshape(shapes.get(name, part.shape))) for name, part in found.items()
         }
-        empty = torch.empty(0)
+        empty = torch.empty(0, device="cpu", dtype=torch.float32)
         return rows, SparseAttnOutput(*(parts.get(name, empty) for name in SparseAttnOutput._fields))
 
     # Enough pieces for all threads to end at about the same time; an image's result does not depend on them.

@@ -153,6 +153,6 @@ def _over_pixels(cells: Tensor, size: tuple[int, int], step: int) -> Tensor:
 
 def _shares(n_pixels: int, n_cells: int, step: int) -> Tensor:
     """Share of each pixel of a line in each cell, (n_pixels, n_cells), float64; the columns sum to 1."""
-    place = (torch.arange(n_pixels, dtype=torch.float64) / step).clamp(max=n_cells - 1)
-    near = (1 - (place.unsqueeze(1) - torch.arange(n_cells)).abs()).clamp(min=0)
+    pixels, cells = (torch.arange(n, dtype=torch.float64, device="cpu") for n in (n_pixels, n_cells))
+    near = (1 - ((pixels / step).clamp(max=n_cells - 1).unsqueeze(1) - cells).abs()).clamp(min=0)
     return near / near.sum(0)

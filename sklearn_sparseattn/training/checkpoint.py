@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from importlib import metadata
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -23,13 +22,13 @@ from skorch.callbacks import Callback, LRScheduler
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..files import hold, remove_whole, write_whole
+from ..files import hold, package_version, remove_whole, write_whole
 from ..images import chunk_slices
 from .batches import LabelledImages
 from .net import diverged
 
 # Other code may compute other bits, or keep other things.
-_MADE_BY = (1, metadata.version("sklearn-sparseattn"), torch.__version__)
+_MADE_BY = (1, package_version(), torch.__version__)
 _DIGEST_SIZE = 16
 # They change how a fit is watched, not what it gives.
 _BESIDE = {"checkpoint_dir", "n_jobs", "predict_k", "verbose"}

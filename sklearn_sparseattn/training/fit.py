@@ -1,5 +1,6 @@
 """One fit: a network, training rows and settings in; a trained network and its history out."""
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -294,7 +295,7 @@ def _callbacks(
         monitor = "valid_loss" if validates else "train_loss"
         schedule = LRScheduler(ReduceLROnPlateau, monitor=monitor, factor=0.9, patience=5, event_name=None)
         callbacks.append(("schedule", schedule))
-    if settings.verbose:
+    if settings.verbose and sys.stderr is not None:  # a program without a console has none
         callbacks.append(("progress", ProgressBar(settings.max_epochs)))
     return callbacks
 
