@@ -357,7 +357,7 @@ def _interrupted(n_epochs: int, max_epochs: int, best: int, checkpoint: Checkpoi
 def _columns(rows: list[Any]) -> dict[str, np.ndarray]:
     """Epochs as rows -> one array a column: ours, then the numbers that callbacks recorded."""
     columns = {
-        name: np.array([row[theirs] for row in rows])
+        name: np.array([row.get(theirs, np.nan) for row in rows])
         for name, theirs in _COLUMNS.items()
         if theirs in rows[0]
     }
