@@ -93,8 +93,8 @@ class SparseAttnClassifier(FittedNetwork):
     warm_start : bool, default=False
         Let `fit` go on from the network, k and data range of the last fit instead of new ones.
     callbacks : list of skorch callbacks, default=None
-        Further callbacks, or pairs (name, callback), used as they are. A DynamicK replaces the built-in one;
-        what it leaves at None is taken from `k_min`, `k_max` and `k_tolerance`.
+        Further callbacks, or pairs (name, callback); the scores they record join `history_`. A DynamicK
+        replaces the built-in one; its None is taken from `k_min`, `k_max` and `k_tolerance`.
     checkpoint_dir : str or path, default=None
         Folder to which `fit` writes its state after every epoch, see Notes. `partial_fit` writes nothing.
     n_jobs : int, default=None
@@ -142,8 +142,8 @@ class SparseAttnClassifier(FittedNetwork):
 
     With a `checkpoint_dir`, a fit that was killed goes on from its last whole epoch when the same call comes
     again, and ends with the same bits (on the same machine and number of threads). The same call has the same
-    parameters (`n_jobs` and `verbose` aside), images, labels and weights; functions count by their names. The
-    file is named after these and the versions of PyTorch and of this package, so that many fits can share a
+    parameters (`n_jobs` and `verbose` aside), images, labels and weights; functions count by their code. The
+    file is named after these, the version of PyTorch and the code of this package, so that many fits share a
     folder. The same fit twice at a time is an error (on Windows it is not noticed). Of `callbacks`, state is
     kept of EarlyStopping, LRScheduler and what has ``state_dict`` and ``load_state_dict``. With
     ``random_state=None`` the generators go on, too. A fit that is done removes its file; others leave it.
@@ -273,7 +273,7 @@ class SparseAttnClassifier(FittedNetwork):
         y : array-like of shape (n,)
             Class labels of any kind.
         sample_weight : array-like of shape (n,), default=None
-            Non-negative weights; rows of weight zero are dropped first.
+            Non-negative weights. Rows of weight zero are dropped; their classes stay.
         X_val, y_val : array-like, default=None
             Rows to validate on. None holds out `validation_fraction` of X, if something uses it.
 
@@ -292,9 +292,9 @@ class SparseAttnClassifier(FittedNetwork):
         self._check_params()
         device = resolve_device(self.device)
         fresh = not (self.warm_start and hasattr(self, "network_"))
-        images, y, weight = self._check_training_rows(X, y, sample_weight, reset=fresh)
+        images, y, weight, classes = self._check_training_rows(X, y, sample_weight, reset=fresh)
         if fresh:
-            self.classes_ = unique_labels(y, "y")
+            self.classes_ = classes
             self.data_range_ = learn_data_range(images, self.data_range)
         self._check_bounds()
         target = self._encode(y)
@@ -356,7 +356,7 @@ class SparseAttnClassifier(FittedNetwork):
         first = not hasattr(self, "network_")
         if first and classes is None:
             raise ValueError("classes must be passed on the first call to partial_fit.")
-        images, y, weight = self._check_training_rows(X, y, sample_weight, reset=first)
+        images, y, weight, _ = self._check_training_rows(X, y, sample_weight, reset=first)
         if first:
             self.classes_ = unique_labels(classes, "classes")
             self.data_range_ = learn_data_range(images, self.data_range)
@@ -394,14 +394,14 @@ class SparseAttnClassifier(FittedNetwork):
     def _check_training_rows(self, X, y, sample_weight, *, reset):
         """Validate rows, labels and weights; drop the rows without weight."""
         images, y = validate_images(self, X, y, reset=reset, image_shape=self.image_shape)
-        unique_labels(y, "y")  # raises if they are none
+        classes = unique_labels(y, "y")  # also of rows without weight, as in scikit-learn's classifiers
         if sample_weight is None:
-            return images, y, np.ones(len(y))
+            return images, y, np.ones(len(y)), classes
         weight = _check_sample_weight(sample_weight, images.data, dtype=np.float64, ensure_non_negative=True)
         used = np.flatnonzero(weight)
         if not (len(used) and np.isfinite(weight).all()):
             raise ValueError("sample_weight is infinite, or zero for every row: nothing is left to fit.")
-        return images.take(used), y[used], weight[used]
+        return images.take(used), y[used], weight[used], classes
 
     def _held_out_rows(self, X_val, y_val, scale: PixelScale) -> LabelledImages | None:
         """Validation rows that the user gave."""

@@ -1407,3 +1407,14 @@ def test_k_leaves_its_lower_bound_where_more_pixels_are_worth_it():
     """There, too, a doubling is looked at; one tile is the least."""
     clf = quick(max_epochs=12, k_init=0.02, k_min=0.02, k_tolerance=0.0).fit(X, Y)
     assert (clf.history_["loss_at_half_k"] != clf.history_["loss_at_k"]).any()
+
+
+def test_a_class_whose_rows_have_no_weight_stays_a_class():
+    weight = np.where(Y == 2, 0.0, 1.0)
+    clf = quick().fit(X, Y, sample_weight=weight)
+    np.testing.assert_array_equal(clf.classes_, [0, 1, 2])
+    p = clf.predict_proba(X)
+    assert p.shape == (90, 3)
+    assert p[Y != 2, 2].mean() < 0.2
+    early = quick(early_stopping=True, class_weight="balanced").fit(X, Y, sample_weight=weight)
+    assert len(early.classes_) == 3

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 import torch
+from skorch.dataset import Dataset
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..images import ImageRows, PixelScale, call_given
 
@@ -41,6 +41,16 @@ class LabelledImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def X(self) -> "LabelledImages":
+        """What skorch's scoring callbacks predict: the rows themselves, read a batch at a time."""
+        return self
+
+    @property
+    def y(self) -> Tensor:
+        """What they compare with: the class indices."""
+        return self.target
 
     def read(
         self,

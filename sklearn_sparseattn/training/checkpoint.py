@@ -22,13 +22,14 @@ from skorch.callbacks import Callback, LRScheduler
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..files import hold, package_version, remove_whole, write_whole
+from ..files import hold, remove_whole, write_whole
 from ..images import chunk_slices
 from .batches import LabelledImages
+from .described import describe, digest_of_sources
 from .net import diverged
 
 # Other code may compute other bits, or keep other things.
-_MADE_BY = (1, package_version(), torch.__version__)
+_MADE_BY = (2, digest_of_sources(), torch.__version__)
 _DIGEST_SIZE = 16
 # They change how a fit is watched, not what it gives.
 _BESIDE = {"checkpoint_dir", "n_jobs", "predict_k", "verbose"}
@@ -252,8 +253,8 @@ def fingerprint(
     Parameters
     ----------
     params : mapping
-        Of the estimator. Functions and callbacks count by their names and parameters; so do the versions of
-        this package and of PyTorch.
+        Of the estimator, described by `describe`. The code of this package and the version of PyTorch count,
+        too.
     classes : ndarray of shape (n_classes,)
         The labels.
     data : sequence of LabelledImages or None
@@ -265,8 +266,13 @@ def fingerprint(
     -------
     str
         32 hexadecimal digits.
+
+    Raises
+    ------
+    ValueError
+        If a parameter cannot be described.
     """
-    counted = {name: _described(value) for name, value in params.items() if name not in _BESIDE}
+    counted = {name: describe(name, value) for name, value in params.items() if name not in _BESIDE}
     digest = hashlib.blake2b(
         repr([_MADE_BY, sorted(counted.items()), classes.tolist()]).encode(), digest_size=16
     )
@@ -285,25 +291,6 @@ def fingerprint(
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
     return digest.hexdigest()
-
-
-def _described(value: Any) -> Any:
-    """What of a parameter makes another fit, in plain terms, the same in every process."""
-    value = _portable(value)
-    if value is None or isinstance(value, bool | int | float | str):
-        return repr(value)
-    if isinstance(value, np.random.RandomState):
-        return _described(value.get_state(legacy=False))
-    if isinstance(value, np.ndarray):
-        return repr((value.shape, value.tolist()))
-    if isinstance(value, Mapping):
-        return sorted((_described(key), _described(part)) for key, part in value.items())
-    if isinstance(value, list | tuple):
-        return [_described(part) for part in value]
-    name = getattr(value, "__qualname__", None) or type(value).__qualname__
-    if not isinstance(value, Callback):
-        return f"{getattr(value, '__module__', '')}.{name}"
-    return [name, _described({key: part for key, part in vars(value).items() if not key.endswith("_")})]
 
 
 def _digest(content: bytes) -> bytes:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from skorch.callbacks import Callback, EarlyStopping, LRScheduler, PassthroughScoring
 from skorch.helper import predefined_split
+from skorch.utils import noop
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils._pytree import tree_map
@@ -19,6 +20,7 @@ from ..network import SparseAttnNet
 from .batches import Augmentation, Batches, LabelledImages, count_batches
 from .checkpoint import Checkpoint, LastEpoch
 from .dynamic_k import DynamicK
+from .monitors import refuse_without_validation
 from .net import LOSS_TERMS, LearningRate, ProgressBar, SparseAttnLoss, SparseAttnTrainer, keeping_up
 
 # Columns of the history, and what skorch calls them.
@@ -27,6 +29,8 @@ _COLUMNS = {
     "duration": "dur",
     **{name: name for name in ("valid_loss", "valid_score")},
 }
+# What skorch counts for itself; all else of an epoch was recorded by the user's callbacks.
+_INTERNAL = {"batches", "train_batch_count", "valid_batch_count"} | {f"{name}_best" for name in _COLUMNS}
 
 
 # By so much, in the logarithm, weights without gradient shrink at the highest learning rate throughout a fit.
@@ -173,16 +177,18 @@ def train(
     Raises
     ------
     ValueError
-        If it diverges.
+        If it diverges, or a callback needs validation rows and there are none.
     OSError
         If the checkpoint cannot be written.
     """
     given = _given_callbacks(settings.callbacks)
+    if validation is None:
+        refuse_without_validation(given)
     dynamic_k = given_rule(settings.callbacks) or DynamicK()
     dynamic_k.use(**k_defaults, rng=rng)
     callbacks = _callbacks(settings, dynamic_k, validation is not None, len(training))
     callbacks += [(name, callback) for name, callback in given if callback is not dynamic_k]
-    stopping = EarlyStopping(patience=settings.patience, threshold=0, load_best=True, sink=lambda text: None)
+    stopping = EarlyStopping(patience=settings.patience, threshold=0, load_best=True, sink=noop)
     if settings.early_stopping:  # after all that look at an epoch, since it ends the round of callbacks
         callbacks.append(("early_stopping", stopping))
     last = LastEpoch(rng, checkpoint)
@@ -350,12 +356,26 @@ def _interrupted(n_epochs: int, max_epochs: int, best: int, checkpoint: Checkpoi
 
 
 def _columns(rows: list[Any]) -> dict[str, np.ndarray]:
-    """Epochs as rows -> one array a column."""
-    return {
-        name: np.array([row[theirs] for row in rows])
+    """Epochs as rows -> one array a column: ours, then the numbers that callbacks recorded."""
+    columns = {
+        name: np.array([row.get(theirs, np.nan) for row in rows])
         for name, theirs in _COLUMNS.items()
         if theirs in rows[0]
     }
+    numbers = [{name: _number(value) for name, value in row.items()} for row in rows]
+    found = [name for row in numbers for name, value in row.items() if value is not None]
+    for name in dict.fromkeys(found):
+        if name not in _INTERNAL and name not in _COLUMNS and name not in _COLUMNS.values():
+            values = [row.get(name) for row in numbers]
+            columns[name] = np.array([np.nan if value is None else value for value in values])
+    return columns
+
+
+def _number(value: Any) -> float | None:
+    """One number of a callback, None of anything else."""
+    if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    return float(value) if isinstance(value, Real | np.bool_) else None
 
 
 def join_histories(past: dict[str, np.ndarray], new: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -375,7 +395,7 @@ def join_histories(past: dict[str, np.ndarray], new: dict[str, np.ndarray]) -> d
     missing = [np.full(length, np.nan) for length in lengths]
     joint = {
         name: np.concatenate([past.get(name, missing[0]), new.get(name, missing[1])])
-        for name in _COLUMNS
+        for name in dict.fromkeys([*_COLUMNS, *past, *new])
         if name in past or name in new
     }
     return joint | {"epoch": np.arange(1, sum(lengths) + 1)}

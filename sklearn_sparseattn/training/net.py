@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import skorch
 import torch
+from sklearn.base import ClassifierMixin
 from skorch.callbacks import Callback
+from skorch.utils import to_device
 from torch import Tensor, nn
 
 from ..network import SparseAttnNet, SparseAttnOutput
+from .batches import LabelledImages
 from .losses import consistency_loss, contrastive_loss, distillation_loss, focal_loss
 
 LOSS_TERMS = ("focal_loss", "contrastive_loss", "distillation_loss", "consistency_loss")
@@ -113,8 +117,46 @@ class SparseAttnLoss(nn.Module):
         return {**terms, "total": total}
 
 
-class SparseAttnTrainer(skorch.NeuralNet):
-    """A skorch net whose batches are ``(images, (target, weight))``."""
+class SparseAttnTrainer(ClassifierMixin, skorch.NeuralNet):
+    """A skorch net whose batches are ``(images, (target, weight))``.
+
+    At the end of a batch callbacks are given ``(images, target)`` and the logits. To scikit-learn's scorers
+    the net is a classifier whose classes are indices.
+    """
+
+    @property
+    def classes_(self) -> np.ndarray:
+        """Class indices."""
+        return np.arange(len(self.criterion_.class_weight))
+
+    def notify(self, method_name: str, **cb_kwargs: Any) -> None:
+        """Call a method of all callbacks, with what those that score can use."""
+        if method_name == "on_batch_end":
+            images, (target, _) = cb_kwargs["batch"]
+            # Callbacks keep them for an epoch: without the graph.
+            cb_kwargs |= {"batch": (images, target), "y_pred": cb_kwargs["y_pred"].logits.detach()}
+        super().notify(method_name, **cb_kwargs)
+
+    def evaluation_step(self, batch: Any, training: bool = False) -> Tensor:
+        """Give the logits of a batch."""
+        return super().evaluation_step(batch, training=training).logits
+
+    def forward_iter(self, X: Any, training: bool = False, device: Any = "cpu") -> Iterator[Tensor]:
+        """Give the logits batch by batch, of a `LabelledImages` or of scaled images (B, C, H, W)."""
+        if isinstance(X, LabelledImages):
+            batches = self.get_iterator(X, training=training)
+        else:
+            batches = ((images, None) for images in torch.as_tensor(X).split(self.batch_size))
+        for batch in batches:
+            yield to_device(self.evaluation_step(batch, training=training), device=device)
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probability of each class, for X as in `forward_iter`."""
+        return np.concatenate([logits.softmax(1).cpu().numpy() for logits in self.forward_iter(X)])
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Index of the most probable class."""
+        return self.predict_proba(X).argmax(1)
 
     def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Train on a batch; one of a single row uses the running statistics of batch norm."""

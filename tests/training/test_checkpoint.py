@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,8 @@ from scipy import sparse
 from sklearn_sparseattn import DynamicK, SparseAttnClassifier
 from sklearn_sparseattn import files as files_module
 from sklearn_sparseattn.files import hold, remove_whole, write_whole
+from sklearn_sparseattn.training import checkpoint as checkpoint_module
+from sklearn_sparseattn.training.described import describe, digest_of_sources
 
 SIDE = 8
 Y = np.arange(36) % 3
@@ -34,6 +38,9 @@ class KillAt(skorch.callbacks.Callback):
     """End the fit in some epoch; counts as the same callback whenever that is."""
 
     at_ = None
+
+    def on_epoch_begin(self, net, **kwargs):
+        vars(self).setdefault("seen_", []).append(len(net.history))
 
     def on_batch_end(self, net, training=False, **kwargs):
         if training and len(net.history) == self.at_:
@@ -106,14 +113,9 @@ def test_a_fit_taken_up_ends_with_the_same_bits(way, tmp_path):
 def test_it_is_not_trained_twice(tmp_path):
     with pytest.raises(Killed):
         quick(tmp_path, 4).fit(X, Y)
-    seen = []
-
-    class KillAt(skorch.callbacks.Callback):  # by its name the same
-        def on_epoch_begin(self, net, **kwargs):
-            seen.append(len(net.history))
-
-    KillAt.__module__, KillAt.__qualname__ = globals()["KillAt"].__module__, "KillAt"
-    clf = quick(tmp_path).set_params(callbacks=[KillAt()]).fit(X, Y)
+    clf = quick(tmp_path)
+    clf.fit(X, Y)
+    seen = clf.callbacks[-1].seen_
     assert seen == [4]
     np.testing.assert_array_equal(clf.history_["epoch"], [1, 2, 3, 4])
 
@@ -219,6 +221,7 @@ def test_a_warm_start_is_taken_up(tmp_path):
 
 FIT = """
 import sys
+import threading
 import numpy as np
 from sklearn_sparseattn import SparseAttnClassifier
 Y = np.arange(36) % 3
@@ -604,3 +607,67 @@ def test_divergence_names_epoch_and_batch_and_keeps_what_was(at, message, tmp_pa
     state = saved(path)
     assert len(state["history"]) == 1
     assert all(tensor.isfinite().all() for tensor in state["module"].values())
+
+
+# ---- functions and objects ----
+
+
+def shift(images, rng, by=0.0):
+    return images + np.float32(by)
+
+
+class Shift:
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, images, rng):
+        return shift(images, rng, self.by)
+
+
+def lambda_with(by):
+    return lambda images, rng: shift(images, rng, by)
+
+
+PAIRS = {
+    "partial": lambda by: functools.partial(shift, by=by),
+    "closure": lambda_with,
+    "object": Shift,
+    "method": lambda by: Shift(by).__call__,
+    "nested": lambda by: functools.partial(lambda_with(by)),
+    "generator": lambda by: functools.partial(shift, by=np.random.default_rng(int(100 * by)).normal()),
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_function_with_other_arguments_is_another_fit(kind, tmp_path):
+    make = PAIRS[kind]
+    assert describe("augment", make(0.1)) == describe("augment", make(0.1))
+    assert describe("augment", make(0.1)) != describe("augment", make(0.9))
+
+
+def test_a_fit_with_another_partial_begins_at_the_beginning(tmp_path):
+    weak, strong = (functools.partial(shift, by=by) for by in (0.01, 0.2))
+    with pytest.raises(Killed):
+        quick(tmp_path, 3, augment=weak).fit(X, Y)
+    assert same_fit(quick(tmp_path, augment=strong).fit(X, Y), quick(augment=strong).fit(X, Y))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert same_fit(quick(tmp_path, 1, augment=weak).fit(X, Y), quick(augment=weak).fit(X, Y))
+
+
+def test_lambdas_differ_by_code_constants_and_defaults():
+    several = [lambda x, r: x + 1, lambda x, r: x + 2, lambda x, r: x * 1, lambda x, r, s=1: x + 1]
+    assert len({repr(describe("augment", one)) for one in several}) == 4
+
+
+def test_what_cannot_be_described_is_refused_by_name(tmp_path):
+    lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"augment=.*cannot be described"):
+        quick(tmp_path, augment=lambda images, rng: images + bool(lock)).fit(X, Y)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_code_of_the_package_is_part_of_the_name(monkeypatch):
+    name = checkpoint_module.fingerprint({}, np.arange(2), [None])
+    assert len(digest_of_sources()) == 32
+    monkeypatch.setattr(checkpoint_module, "_MADE_BY", (2, "other", torch.__version__))
+    assert checkpoint_module.fingerprint({}, np.arange(2), [None]) != name
