@@ -28,7 +28,6 @@ GIVEN = {
     "Freezer": lambda folder: {"patterns": "coarse.*"},
     "GradientNormClipping": lambda folder: {"gradient_clip_value": 1.0},
     "Initializer": lambda folder: {"patterns": "fusion.*bias"},
-    "NeptuneLogger": lambda folder: {"run": mock.MagicMock()},
     "ParamMapper": lambda folder: {"patterns": "coarse.*"},
     "PassthroughScoring": lambda folder: {"name": "valid_score"},
     "TensorBoard": lambda folder: {"writer": mock.MagicMock()},

@@ -38,8 +38,11 @@ class KillAt(skorch.callbacks.Callback):
     """End the fit in some epoch; counts as the same callback whenever that is."""
 
     at_ = None
+    hook_ = None
 
     def on_epoch_begin(self, net, **kwargs):
+        if self.hook_ is not None:
+            self.hook_(net)
         vars(self).setdefault("seen_", []).append(len(net.history))
 
     def on_batch_end(self, net, training=False, **kwargs):
@@ -286,15 +289,15 @@ def test_the_same_fit_cannot_run_twice_at_a_time(tmp_path):
     """Not in two threads of a process either; another fit can, in the same folder."""
     refused, others = [], []
 
-    class KillAt(skorch.callbacks.Callback):  # by its name the same
-        def on_epoch_begin(self, net, **kwargs):
-            if len(net.history) == 2:
-                with ThreadPoolExecutor(1) as pool:
-                    refused.append(pool.submit(quick(tmp_path).fit, X, Y).exception())
-                    others.append(pool.submit(quick(tmp_path, lr=0.02).fit, X, Y).result())
+    def others_begin(net):
+        if len(net.history) == 2:
+            with ThreadPoolExecutor(1) as pool:
+                refused.append(pool.submit(quick(tmp_path).fit, X, Y).exception())
+                others.append(pool.submit(quick(tmp_path, lr=0.02).fit, X, Y).result())
 
-    KillAt.__module__, KillAt.__qualname__ = globals()["KillAt"].__module__, "KillAt"
-    clf = quick(tmp_path).set_params(callbacks=[KillAt()]).fit(X, Y)
+    clf = quick(tmp_path)
+    clf.callbacks[-1].hook_ = others_begin
+    clf.fit(X, Y)
     assert isinstance(refused[0], ValueError)
     assert "is running already" in str(refused[0])
     assert same_fit(clf, quick().fit(X, Y))
