@@ -71,7 +71,7 @@ def test_a_state_saved_by_a_callback_is_loaded_by_another(tmp_path):
             (EpochScoring, scoring)
             for scoring in ("accuracy", "f1_macro", "neg_log_loss", "roc_auc_ovr", None)
         ),
-        *((BatchScoring, scoring) for scoring in ("accuracy", "f1_macro", None)),  # not all classes a batch
+        *((BatchScoring, name) for name in ("accuracy", "f1_macro", None)),  # not all classes a batch
     ],
 )
 def test_scores_of_validation_rows(make, scoring, use_caching):
