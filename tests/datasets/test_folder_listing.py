@@ -88,13 +88,19 @@ def test_a_link_to_itself_is_named(root):
         load_image_folder(root)
 
 
+def open_to_all(*folders):
+    """Pytest's folders are its user's alone."""
+    for folder in folders:
+        if folder.stat().st_mode & 0o055 != 0o055:
+            folder.chmod(folder.stat().st_mode | 0o055)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="permissions are a matter of POSIX systems")
 @pytest.mark.parametrize("mode", [0o000, 0o300])
 @pytest.mark.parametrize("place", ["a/sub", "c"])
 def test_a_folder_without_permission_is_named(root, place, mode):
     save(root / place / "9.png")
-    for folder in (root, *root.parents[:3]):  # pytest's folders, which are its user's alone
-        folder.chmod(folder.stat().st_mode | 0o055)
+    open_to_all(root, *root.parents)
     (root / place).chmod(mode)
     with nobody():
         with pytest.raises(ValueError, match=f"{place}/: folder that cannot be listed: Perm") as caught:
@@ -107,8 +113,7 @@ def test_a_folder_without_permission_is_named(root, place, mode):
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions are a matter of POSIX systems")
 def test_a_root_without_permission_is_named(root):
-    for folder in root.parents[:3]:
-        folder.chmod(folder.stat().st_mode | 0o055)
+    open_to_all(*root.parents)
     root.chmod(0o000)
     with nobody(), pytest.raises(PermissionError, match="root"):
         load_image_folder(root)
