@@ -27,7 +27,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from sklearn_sparseattn import SparseAttnClassifier
-from sklearn_sparseattn.images import ImageRows, PixelScale, learn_data_range
+from sklearn_sparseattn.data_range import learn_data_range
+from sklearn_sparseattn.images import ImageRows, PixelScale
 from sklearn_sparseattn.training.batches import Batches, LabelledImages, count_batches, dihedral
 from sklearn_sparseattn.training.fit import _SHRINKAGE
 from sklearn_sparseattn.training.setup import background_level
@@ -156,7 +157,7 @@ def labelled(X, y, scale):
 def scale_of(X):
     """From the numbers of X to about [0, 1], as ours learns it."""
     images = with_channels(X)
-    return PixelScale(learn_data_range(ImageRows(images, images.shape[1:])))
+    return PixelScale(learn_data_range(ImageRows(images, images.shape[1:]))[0])
 
 
 @torch.no_grad()

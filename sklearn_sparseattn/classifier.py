@@ -12,8 +12,9 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 from sklearn.utils.validation import _check_sample_weight
 
+from .data_range import learn_data_range, warn_of_clipped, warn_of_other_range
 from .fitted import FittedNetwork, all_or_nothing
-from .images import PixelScale, learn_data_range, validate_images
+from .images import PixelScale, validate_images
 from .inference import resolve_device
 from .network import SparseAttnNet
 from .parameters import CONSTRAINTS, PUBLISHED, check_together, needs_validation
@@ -21,6 +22,7 @@ from .training.batches import Batches, LabelledImages, dihedral
 from .training.checkpoint import Checkpoint, fingerprint
 from .training.counts import resolve_bounds
 from .training.dynamic_k import K_MAX, K_MIN, TOLERANCE, DynamicK
+from .training.final_check import warn_of_contradiction
 from .training.fit import TrainingResult, TrainingSettings, given_rule, join_histories, train
 from .training.net import recompute_batch_norm
 from .training.setup import (
@@ -85,7 +87,8 @@ class SparseAttnClassifier(FittedNetwork):
     image_shape : (H, W) or (H, W, C), default=None
         Form if X is 2-D. None: square images if the number of features is a square, else images of one row.
     data_range : (lo, hi), default=None
-        Values of X that become 0 and 1. None learns them.
+        Values of X that become 0 and 1; values farther outside than three times this range are clipped. None
+        learns it.
     validation_fraction : float in (0, 1), default=0.2
         Share of the rows held out if early stopping or "plateau" needs them.
     early_stopping, patience : bool, int, default=False, 10
@@ -119,6 +122,9 @@ class SparseAttnClassifier(FittedNetwork):
     data_range_ : tuple of (lo, hi)
         Values that become 0 and 1: (0, 255) for uint8, (0, 1) for bool; for sparse data and data with
         negative values (0, max abs v), so that zero stays zero; otherwise the extremes of the training rows.
+        A few values far outside of all others do not count.
+    spanned_range_ : tuple of (lo, hi)
+        What the training rows span, without outliers: prediction warns of images in other units.
     k_ : int
         Pixels chosen of each image: those of the chosen tiles.
     n_iter_ : int
@@ -295,7 +301,9 @@ class SparseAttnClassifier(FittedNetwork):
         images, y, weight, classes = self._check_training_rows(X, y, sample_weight, reset=fresh)
         if fresh:
             self.classes_ = classes
-            self.data_range_ = learn_data_range(images, self.data_range)
+            self.data_range_, self.spanned_range_ = learn_data_range(images, self.data_range)
+        else:
+            warn_of_clipped(images, self.data_range_)
         self._check_bounds()
         target = self._encode(y)
         scale = PixelScale(self.data_range_)
@@ -317,6 +325,15 @@ class SparseAttnClassifier(FittedNetwork):
             result = self._train(network, training, held_out, rng, device, settings, checkpoint=checkpoint)
             # Shuffled: rows may come sorted by class, and the statistics are those of batches.
             recompute_batch_norm(network, Batches(training, self.batch_size, rng), device, result.draw)
+            if not result.interrupted:
+                warn_of_contradiction(
+                    network,
+                    training,
+                    float(result.history["focal_loss"][-1]),
+                    gamma=settings.focal_gamma,
+                    class_weight=class_weights(self.class_weight, self.classes_, training),
+                    device=device,
+                )
             self._finish(network, result, fresh)
             self._resume = None
             if checkpoint is not None and not result.interrupted:
@@ -359,9 +376,11 @@ class SparseAttnClassifier(FittedNetwork):
         images, y, weight, _ = self._check_training_rows(X, y, sample_weight, reset=first)
         if first:
             self.classes_ = unique_labels(classes, "classes")
-            self.data_range_ = learn_data_range(images, self.data_range)
+            self.data_range_, self.spanned_range_ = learn_data_range(images, self.data_range)
         elif classes is not None and not np.array_equal(unique_labels(classes, "classes"), self.classes_):
             raise ValueError(f"classes={classes!r} differ from those of the first call, {self.classes_}.")
+        else:
+            warn_of_clipped(images, self.data_range_)
         self._check_bounds()
         training = label_images(images, self._encode(y), weight, PixelScale(self.data_range_))
 
@@ -411,6 +430,7 @@ class SparseAttnClassifier(FittedNetwork):
             raise ValueError("X_val and y_val go together: one of them is None.")
         try:
             images, y_val = validate_images(self, X_val, y_val, reset=False)
+            warn_of_other_range(images, self.spanned_range_, "X_val", stacklevel=5)
             return label_images(images, self._encode(y_val), np.ones(len(images)), scale)
         except (TypeError, ValueError) as error:
             raise ValueError(f"X_val or y_val: {error}") from error

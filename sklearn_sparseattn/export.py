@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from .classifier import SparseAttnClassifier
 from .files import package_version, resolve_target, write_whole
-from .images import ImageShape
+from .images import CLIP, ImageShape
 from .inference import is_plain
 from .network.selection import LEAST, n_closing
 from .parameters import capped, check_predict_k, to_pixels
@@ -232,6 +232,7 @@ def _scaled(graph: _Graph, shape: ImageShape, data_range: tuple[float, float]) -
     images = graph.add("Add", *parts)
     if rest := float(np.float32(low)) - low:  # what float32 cannot hold of `low`
         images = graph.add("Add", images, graph.constant(rest * factor))
+    images = graph.add("Clip", images, *(graph.constant(end) for end in CLIP))
     if shape[2] == 1:
         return graph.add("Unsqueeze", images, graph.whole(1))
     return graph.add("Transpose", images, perm=[0, 3, 1, 2])

@@ -19,7 +19,8 @@ from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeatures
 from sklearn.utils import Bunch, check_scalar
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 
-from .images import ImageRows, PixelScale, validate_images, warn_of_other_range
+from .data_range import warn_of_other_range
+from .images import ImageRows, PixelScale, validate_images
 from .inference import (
     Engine,
     attention_maps,
@@ -376,7 +377,7 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
         """Validate X against the fit."""
         check_is_fitted(self, "network_")
         images, _ = validate_images(self, X, reset=False)
-        warn_of_other_range(images, self.data_range_)
+        warn_of_other_range(images, self.spanned_range_)
         return images
 
     def _run(self, images: ImageRows, *, maps: bool = False) -> Iterator[tuple[slice, SparseAttnOutput]]:

@@ -7,7 +7,6 @@ when their batch is made. Imports no other room of the package but `image_forms`
 import contextlib
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +17,8 @@ from sklearn.utils.validation import validate_data
 
 from .image_forms import ImageShape as ImageShape
 from .image_forms import check_shape, new_shape, stacked
+
+CLIP = -3.0, 4.0  # of scaled values: farther out, a pixel is as wrong as at the end
 
 _MOST = np.finfo(np.float64).max
 
@@ -84,25 +85,35 @@ class ImageRows:
 
 
 class PixelScale:
-    """The affine map from the user's numbers to about [0, 1]: (v - lo) / (hi - lo), never clipped.
+    """The affine map from the user's numbers to about [0, 1]: (v - lo) / (hi - lo), clipped to `CLIP`.
 
     Parameters
     ----------
     data_range : tuple of (lo, hi)
         What becomes 0 and 1.
+
+    Attributes
+    ----------
+    low, span : float
+        lo and hi - lo.
     """
 
     def __init__(self, data_range: tuple[float, float]) -> None:
-        self.low, self.high = data_range
-        self._span = self.high - self.low
+        self.low, high = data_range
+        self.span = high - self.low
         # One map for every dtype, in float64. Bytes have a table, and float32 where that has the same bits.
+        self._bytes = self._in_float64(np.arange(256.0))
         with np.errstate(all="ignore"):  # bytes may lie far outside a small range
-            self._bytes = ((np.arange(256.0) - self.low) / self._span).astype(np.float32)
-            self._rounded = np.float32(self.low), np.float32(self._span)
+            self._rounded = np.float32(self.low), np.float32(self.span)
             self._is_exact = not (self._in_float32(np.arange(256, dtype=np.uint8)) - self._bytes).any()
 
     def _in_float32(self, images: np.ndarray) -> npt.NDArray[np.float32]:
         return (images - self._rounded[0]) / self._rounded[1]
+
+    def _in_float64(self, images: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+        with np.errstate(over="ignore", invalid="ignore"):  # the former is clipped; NaN stays
+            scaled = (images - self.low if self.low else images) / self.span
+            return np.clip(scaled, *CLIP, out=scaled).astype(np.float32)
 
     def __call__(self, images: np.ndarray) -> npt.NDArray[np.float32]:
         """Scale images and put the channels first.
@@ -121,14 +132,10 @@ class PixelScale:
         if images.dtype == np.uint8:
             images = np.ascontiguousarray(images)
             return self._in_float32(images) if self._is_exact else self._bytes.take(images, mode="clip")
-        scaled = np.ascontiguousarray(images, dtype=np.float64)
-        with np.errstate(over="ignore"):  # see `finite`
-            if self.low:
-                scaled = scaled - self.low
-            return (scaled / self._span).astype(np.float32)
+        return self._in_float64(np.ascontiguousarray(images, dtype=np.float64))
 
     def finite(self, images: np.ndarray) -> npt.NDArray[np.float32]:
-        """Scale images, and refuse what overflows.
+        """Scale images, and refuse NaN, which validation lets pass under ``assume_finite=True``.
 
         Parameters
         ----------
@@ -143,110 +150,12 @@ class PixelScale:
         Raises
         ------
         ValueError
-            If a value lies so far outside of the range that float32 cannot hold it.
+            If there is NaN.
         """
         scaled = self(images)
-        if not np.isfinite(scaled).all():
-            raise ValueError(
-                f"X has values too far from data_range_=({self.low}, {self.high}) of the fit: scaled, they "
-                "overflow. Is X in the units of the training images?"
-            )
+        if np.isnan(scaled).any():
+            raise ValueError("X contains NaN. Each image must be finite.")
         return scaled
-
-
-def learn_data_range(images: ImageRows, given: Sequence[float] | None = None) -> tuple[float, float]:
-    """What becomes 0 and 1, from training images or from the user.
-
-    Parameters
-    ----------
-    images : ImageRows
-        The training images.
-    given : sequence of two float, default=None
-        (lo, hi) as the user says.
-
-    Returns
-    -------
-    (lo, hi) : tuple of float
-        (0, 255) for uint8, (0, 1) for bool; (0, max abs v) for sparse or partly negative data, so that zero
-        stays zero; otherwise the extremes.
-
-    Raises
-    ------
-    ValueError
-        If `given` is not two finite numbers, lo < hi.
-    """
-    if given is not None:
-        return _check_data_range(given)
-    dtype = images.data.dtype
-    if dtype == np.uint8:
-        return 0.0, 255.0
-    if dtype == np.bool_:
-        return 0.0, 1.0
-    low, high = extremes(images)
-    if sparse.issparse(images.data) or low < 0:
-        low, high = 0.0, max(-low, high)
-    if not high - low > 0:
-        high = low + max(1.0, abs(low))
-    return low, high
-
-
-def _check_data_range(data_range: Sequence[float]) -> tuple[float, float]:
-    try:
-        low, high = (float(value) for value in data_range)
-    except (TypeError, ValueError, OverflowError):
-        low, high = 0.0, 0.0
-    if not (math.isfinite(high - low) and low < high):
-        raise ValueError(f"data_range={data_range!r} must be two finite numbers (lo, hi), lo < hi, or None.")
-    return low, high
-
-
-def extremes(images: ImageRows) -> tuple[float, float]:
-    """Least and greatest value of the images that count.
-
-    Parameters
-    ----------
-    images : ImageRows
-        At least one image.
-
-    Returns
-    -------
-    (least, greatest) : tuple of float
-        Over all rows, channels and pixels.
-    """
-    chunks = (images.read(rows) for rows in chunk_slices(len(images), images.image_shape))
-    bounds = [(float(chunk.min()), float(chunk.max())) for chunk in chunks]
-    return min(low for low, _ in bounds), max(high for _, high in bounds)
-
-
-def warn_of_other_range(images: ImageRows, data_range: tuple[float, float]) -> None:
-    """Warn if the images seem to be in other units than those of the fit.
-
-    Parameters
-    ----------
-    images : ImageRows
-        The images to be classified.
-    data_range : tuple of (lo, hi)
-        Learned in the fit.
-
-    Warns
-    -----
-    UserWarning
-        If the range of values is below 1 % or above 10 times that of the fit. Images that are constant
-        throughout tell nothing and pass.
-    """
-    if not len(images):
-        return
-    low, high = extremes(images)
-    # In halves, a range cannot overflow; half of the least number there is would be 0.
-    span = data_range[1] / 2 - data_range[0] / 2 or math.ulp(0.0)
-    share = (high / 2 - low / 2) / span
-    if share > 10 or 0 < share < 0.01:
-        warnings.warn(
-            f"X ranges over [{low:.6g}, {high:.6g}], but the classifier was fitted to data_range_="
-            f"{data_range}: is it in the units of the training images?",
-            UserWarning,
-            stacklevel=4,
-        )
 
 
 def call_given(name: str, function: Callable, *args: Any) -> Any:
@@ -356,6 +265,8 @@ def validate_images(
     except OverflowError as error:
         raise ValueError(f"X or y has numbers beyond all floats: {error}.") from error
     data, y = checked if isinstance(checked, tuple) else (checked, y)
+    if data.dtype.kind not in "biuf":
+        raise ValueError(f"X has values of dtype {data.dtype}, which are no numbers.")
     if data.dtype.kind == "f" and data.dtype.itemsize > 8 and data.size and np.abs(data).max() > _MOST:
         raise ValueError(f"X has numbers beyond all floats, {_MOST:.3g}.")
     if data.ndim < 2:

@@ -212,6 +212,7 @@ def _encode(estimator: Any) -> tuple[bytes, list[str]]:
         "classes": _encode_classes(estimator.classes_),
         "image_shape": estimator.image_shape_,
         "data_range": estimator.data_range_,
+        "spanned_range": estimator.spanned_range_,
         "k": estimator.k_,
         "feature_names": None if names is None else list(names),
         "network": network.form,
@@ -338,6 +339,7 @@ def _decode(content: bytes, device: str | torch.device) -> SparseAttnClassifier:
         "image_shape_": shape,
         "n_features_in_": n_features,
         "data_range_": _data_range(model["data_range"]),
+        "spanned_range_": _spanned_range(model["spanned_range"]),
         "k_": model["k"],
         "history_": history,
         "n_iter_": len(history["epoch"]),
@@ -378,6 +380,13 @@ def _data_range(values: Any) -> tuple[float, float]:
     fits = _is_list_of(values, float) and len(values) == 2
     if not (fits and values[0] < values[1] and math.isfinite(values[1] - values[0])):
         raise ValueError(f"data_range={values!r:.80} is not (lo, hi).")
+    return tuple(values)
+
+
+def _spanned_range(values: Any) -> tuple[float, float]:
+    fits = _is_list_of(values, float) and len(values) == 2
+    if not (fits and -math.inf < values[0] <= values[1] < math.inf):
+        raise ValueError(f"spanned_range={values!r:.80} is not (lo, hi).")
     return tuple(values)
 
 

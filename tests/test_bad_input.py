@@ -29,7 +29,10 @@ Y = np.arange(12) % 3
 X = (np.random.default_rng(0).integers(0, 60, (12, SIDE, SIDE)) + 60 * Y[:, None, None]).astype(np.uint8)
 TINY = {"max_epochs": 1, "hidden_dim": 8, "embed_dim": 4, "batch_size": 6, "random_state": 0}
 # Each warning that may come, and the words it says.
-MEANT = {UserWarning: r"data_range_=", DataConversionWarning: "column-vector y"}
+MEANT = {
+    UserWarning: "data_range_=|in the units of the training images",
+    DataConversionWarning: "column-vector y",
+}
 
 
 def outcome(culprits, call, *args, **options):

@@ -17,7 +17,7 @@ from torch import nn
 
 from sklearn_sparseattn import SparseAttnClassifier, export_onnx
 from sklearn_sparseattn.datasets import make_cells
-from sklearn_sparseattn.images import PixelScale
+from sklearn_sparseattn.images import CLIP, PixelScale
 from sklearn_sparseattn.network import SparseAttnNet, select_pixels, strides_for
 
 
@@ -87,6 +87,24 @@ def fit(images, n_classes=3, **params):
 def noise(n, shape, dtype, data_range=(0, 255)):
     values = np.random.default_rng(7).uniform(*data_range, size=(n, *shape))
     return values.astype(dtype)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize(
+    ("dtype", "data_range"), [("uint8", (10.0, 40.0)), ("uint16", (100.0, 350.0)), ("float32", (0.0, 1.0))]
+)
+def test_what_lies_far_out_is_clipped(dtype, data_range, runtime, tmp_path):
+    clf = drawn((24, 24), data_range)
+    images = noise(6, (24, 24), dtype, data_range)
+    images[1, 3, 4], images[2, 5:9], images[3] = 0, 250, 255
+    if dtype != "uint8":
+        images[4, 20, 20] = 60000
+    if dtype == "float32":
+        images[5, 0, 0], images[5, 9, 9] = -3e38, 3e38
+    assert (PixelScale(data_range)(images[..., None]) == CLIP[1]).any()
+    export_onnx(clf, tmp_path / "model.onnx", dtype=dtype)
+    found = RUNTIMES[runtime](tmp_path / "model.onnx")(images)
+    np.testing.assert_allclose(found, expected(clf, images), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

@@ -73,13 +73,13 @@ int64_t sparseattn_scratch(const sparseattn_plan *plan, int32_t n_tiles, void *m
     return best()->scratch(plan, n_tiles, memory);
 }
 
-void sparseattn_run(const sparseattn_plan *plan, int32_t n_tiles, const uint8_t *bytes, const float *scaled, int64_t n,
+void sparseattn_run(const sparseattn_plan *plan, int32_t n_tiles, const void *images, int32_t kind, int64_t n,
                     const sparseattn_results *results, void *memory) {
-    void (*volatile run)(const sparseattn_plan *, int32_t, const uint8_t *, const float *, int64_t,
-                         const sparseattn_results *, void *) = best()->run; /* volatile: not inlined past set_mode */
+    void (*volatile run)(const sparseattn_plan *, int32_t, const void *, int32_t, int64_t, const sparseattn_results *,
+                         void *) = best()->run; /* volatile: not inlined past set_mode */
     Mode before = get_mode();
     set_mode(FLUSHING);
-    run(plan, n_tiles, bytes, scaled, n, results, memory);
+    run(plan, n_tiles, images, kind, n, results, memory);
     set_mode(before);
 }
 

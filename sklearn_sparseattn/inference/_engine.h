@@ -3,6 +3,7 @@
 #ifndef SPARSEATTN_ENGINE_H
 #define SPARSEATTN_ENGINE_H
 
+#include <stddef.h>
 #include <time.h>
 
 #include "sparseattn.h"
@@ -11,8 +12,7 @@
 typedef struct {
     const char *name;
     int64_t (*scratch)(const sparseattn_plan *, int32_t, void *);
-    void (*run)(const sparseattn_plan *, int32_t, const uint8_t *, const float *, int64_t, const sparseattn_results *,
-                void *);
+    void (*run)(const sparseattn_plan *, int32_t, const void *, int32_t, int64_t, const sparseattn_results *, void *);
 } Version;
 
 #if defined(__x86_64__)
@@ -20,6 +20,10 @@ extern __attribute__((visibility("hidden"))) const Version sparseattn_avx2, spar
 #endif
 
 static inline int32_t padded(int32_t n, int32_t step) { return (n + step - 1) / step * step; }
+
+static inline size_t size_of(int32_t kind) {
+    return kind == SPARSEATTN_UINT8 ? 1 : kind == SPARSEATTN_UINT16 ? 2 : kind == SPARSEATTN_FLOAT32 ? 4 : 8;
+}
 
 static inline double now(const sparseattn_results *results) {
     struct timespec time = {0};

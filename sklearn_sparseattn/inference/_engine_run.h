@@ -24,6 +24,9 @@ typedef int32_t whole_lanes __attribute__((vector_size(4 * LANES), aligned(4), m
 typedef int64_t pair_lanes __attribute__((vector_size(4 * LANES)));
 typedef uint8_t byte_lanes __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef uint16_t word_lanes __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
+typedef double double_lanes __attribute__((vector_size(4 * LANES), aligned(1), may_alias)); /* half as many */
+typedef float single_lanes __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
+typedef uint16_t short_lanes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 #if MANY_REGISTERS /* 32 vectors, else 16 */
 #define CELLS 8    /* tokens at a time, by two vectors of outputs */
@@ -269,11 +272,57 @@ INLINE void put_bytes(const sparseattn_plan *plan, const Scratch *s, const uint8
     store(odd + width / 2, (lanes){0});
 }
 
+/* Half a vector as PixelScale makes it: the quotient in double precision, clipped, rounded. NaN stays. */
+INLINE single_lanes exactly_scaled(const sparseattn_plan *plan, double_lanes value) {
+    double span = plan->exact_span, inverse = 1 / span;
+    double_lanes none = {0}, least = none + plan->least * span, most = none + plan->most * span;
+    double_lanes difference = value - plan->exact_low;
+    pair_lanes below = difference < least, above = difference > most;
+    difference = (double_lanes)((below & (pair_lanes)least) | (above & (pair_lanes)most) |
+                                (~(below | above) & (pair_lanes)difference));
+    double_lanes quotient = difference * inverse;
+    quotient += (difference - quotient * span) * inverse;
+    return __builtin_convertvector(quotient, single_lanes) - plan->background;
+}
+
+/* n values of a row of any kind but bytes that are exact -> s->values. */
+INLINE void scale_row(const sparseattn_plan *plan, const Scratch *s, const void *row, int32_t kind, int32_t n) {
+#define SCALE(type, vector) \
+    for (int32_t j = 0; j < n; j += LANES / 2) { \
+        vector some = {0}; \
+        const type *from = (const type *)row + j; \
+        if (j + LANES / 2 <= n) some = *(const vector *)from; \
+        else memcpy(&some, from, (n - j) * sizeof(type)); \
+        *(single_lanes *)(s->values + j) = exactly_scaled(plan, __builtin_convertvector(some, double_lanes)); \
+    } \
+    break
+    switch (kind) {
+        case SPARSEATTN_UINT16: SCALE(uint16_t, short_lanes);
+        case SPARSEATTN_FLOAT32: SCALE(float, single_lanes);
+        case SPARSEATTN_FLOAT64: SCALE(double, double_lanes);
+        default: for (int32_t j = 0; j < n; j++) s->values[j] = plan->bytes[((const uint8_t *)row)[j]];
+    }
+#undef SCALE
+}
+
+/* s->values, a row of one channel with a stride of 2, as `put_bytes`. */
+INLINE void put_values(const sparseattn_plan *plan, const Scratch *s, float *row) {
+    int32_t border = plan->kernel_size / 2, width = plan->width;
+    float *even = row + border % 2 * s->plane + border / 2, *odd = row + (border + 1) % 2 * s->plane + (border + 1) / 2;
+    for (int32_t j = 0; j < width; j += LANES) {
+        union { lanes whole; half_lanes halves[2]; } parts = {even_first(load(s->values + j))};
+        *(half_lanes *)(even + j / 2) = parts.halves[0];
+        *(half_lanes *)(odd + j / 2) = parts.halves[1];
+    }
+    store(even + (width + 1) / 2, (lanes){0}); /* what was written beyond the row */
+    store(odd + width / 2, (lanes){0});
+}
+
 INLINE float *image_row(const Scratch *s, int32_t i) { return s->image + ((i + ROWS) & (ROWS - 1)) * s->pitch; }
 
-/* Row i of the image, which may lie beyond: bytes, or scaled. */
-STAGE void read_row(const sparseattn_plan *plan, const Scratch *s, const uint8_t *bytes, const float *floats,
-                    int32_t i, int exact) {
+/* Row i of an image, which may lie beyond. */
+STAGE void read_row(const sparseattn_plan *plan, const Scratch *s, const char *image, int32_t kind, int32_t i,
+                    int exact) {
     int32_t width = plan->width, channels = plan->n_channels, stride = plan->stride_early;
     int32_t border = plan->kernel_size / 2, n = width * channels;
     float *row = image_row(s, i);
@@ -281,28 +330,32 @@ STAGE void read_row(const sparseattn_plan *plan, const Scratch *s, const uint8_t
         memset(row, 0, s->pitch * sizeof(float));
         return;
     }
-    const uint8_t *end = bytes + (bytes ? (size_t)plan->height * n : 0);
-    if (bytes) bytes += (size_t)i * n;
-    if (bytes && exact && channels == 1 && stride == 2) {
-        put_bytes(plan, s, bytes, end, row);
+    size_t size = size_of(kind) * n;
+    const char *end = image + size * plan->height;
+    image += size * i;
+    if (exact && channels == 1 && stride == 2) {
+        put_bytes(plan, s, (const uint8_t *)image, (const uint8_t *)end, row);
         return;
     }
-    if (bytes && exact) {
+    if (exact) {
+        const uint8_t *bytes = (const uint8_t *)image;
         int32_t j = 0;
         Scale scale = scale_of(plan);
         for (; j + LANES <= n; j += LANES)
             store(s->values + j, scaled(&scale, __builtin_convertvector(*(const byte_lanes *)(bytes + j), lanes)));
         for (; j < n; j++) s->values[j] = plan->bytes[bytes[j]];
-    } else if (bytes)
-        for (int32_t j = 0; j < n; j++) s->values[j] = plan->bytes[bytes[j]];
+    } else
+        scale_row(plan, s, image, kind, n);
+    if (channels == 1 && stride == 2) {
+        put_values(plan, s, row);
+        return;
+    }
     for (int32_t c = 0; c < channels; c++) {
-        const float *from = bytes ? s->values + c : floats + ((size_t)c * plan->height + i) * width;
-        float background = bytes ? 0 : plan->background;
-        int32_t step = bytes ? channels : 1;
-        for (int32_t first = 0; first < stride; first++, from += step) {
+        const float *from = s->values + c;
+        for (int32_t first = 0; first < stride; first++, from += channels) {
             float *to = row + (c * stride + (border + first) % stride) * s->plane + (border + first) / stride;
             for (int32_t j = 0; j < (width - first + stride - 1) / stride; j++)
-                to[j] = from[(size_t)j * stride * step] - background;
+                to[j] = from[(size_t)j * stride * channels];
         }
     }
 }
@@ -456,7 +509,7 @@ STAGE whole_lanes score_row(const sparseattn_plan *plan, const Scratch *s, int32
 }
 
 /* Both maps, the pooled features and the scores; 1 if these are not finite. */
-INLINE int look(const sparseattn_plan *plan, const Scratch *s, const uint8_t *bytes, const float *scaled, int exact,
+INLINE int look(const sparseattn_plan *plan, const Scratch *s, const char *image, int32_t kind, int exact,
                 float *pooled) {
     const Map *early = &s->early, *middle = &s->middle;
     int32_t border = plan->kernel_size / 2, n_read = -border, n_early = 0;
@@ -467,7 +520,7 @@ INLINE int look(const sparseattn_plan *plan, const Scratch *s, const uint8_t *by
     for (int32_t i = 0; i < middle->rows; i++) {
         for (; n_early < early->rows && n_early <= i * plan->stride_middle + 1; n_early++) {
             for (; n_read <= n_early * plan->stride_early + border; n_read++)
-                read_row(plan, s, bytes, scaled, n_read, exact);
+                read_row(plan, s, image, kind, n_read, exact);
             make_early_row(plan, s, n_early);
         }
         size_t apart = (size_t)plan->stride_middle * early->channels;
@@ -819,21 +872,21 @@ INLINE int classify(const sparseattn_plan *plan, const Scratch *s, const float *
 
 /* ---- images ---- */
 
-static void run_images(const sparseattn_plan *plan, int32_t n_tiles, const uint8_t *bytes, const float *scaled,
-                       int64_t n, const sparseattn_results *results, void *memory) {
+static void run_images(const sparseattn_plan *plan, int32_t n_tiles, const void *images, int32_t kind, int64_t n,
+                       const sparseattn_results *results, void *memory) {
     Scratch s;
     lay_out(plan, n_tiles, &s, memory);
-    size_t n_values = (size_t)plan->height * plan->width * plan->n_channels, k = n_tiles;
+    size_t size_of_image = size_of(kind) * plan->height * plan->width * plan->n_channels, k = n_tiles;
     size_t n_features = 2 * plan->embed_dim + 2 * plan->n_middle, n_all = (size_t)s.middle.rows * s.middle.columns;
     int32_t size = plan->kernel_size, stride = plan->stride_early, *offset = s.offsets;
     for (int32_t c = 0; c < plan->n_channels; c++)
         for (int32_t j = 0; j < size; j++) *offset++ = (c * stride + j % stride) * s.plane + j / stride;
-    int exact = bytes && is_exact(plan);
+    int exact = kind == SPARSEATTN_UINT8 && is_exact(plan);
     for (int64_t i = 0; i < n; i++) {
         float *features = results->features + i * n_features, *logits = results->logits + i * plan->n_classes;
         double times[5] = {now(results)};
-        int failed = look(plan, &s, bytes ? bytes + i * n_values : NULL, bytes ? NULL : scaled + i * n_values, exact,
-                          features + 2 * plan->embed_dim);
+        const char *image = (const char *)images + i * size_of_image;
+        int failed = look(plan, &s, image, kind, exact, features + 2 * plan->embed_dim);
         results->failed[i] = failed;
         if (failed) continue;
         times[1] = now(results);

@@ -14,14 +14,15 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ..images import ImageShape, PixelScale
+from ..images import CLIP, ImageShape, PixelScale
 from ..network import CoarseAttention, FineAttention, FusionClassifier, SparseAttnNet, TileTokens
-from .library import MOST_LAYERS, Plan, Results, load_or_warn
+from .library import KINDS, MOST_LAYERS, Plan, Results, load_or_warn
 
 PARTS = ("coarse", "selection", "tokens", "head")  # whose time is taken
 
 _ALIGNED = 64  # bytes of a line of the cache
 _MOST_KEPT = 2**24  # bytes to work in that a thread keeps between calls
+_SPANS = 1e-30, 1e300  # of a data range: within, all products are normal numbers
 _MOST_VALUES = 2**31 // 8  # of an image: the engine counts them, and its maps, by int32
 
 
@@ -75,15 +76,21 @@ class Engine:
         Returns
         -------
         Engine or None
-            None if there is no compiled code, the images are too large for it, or the network is the paper's,
-            elsewhere than on the CPU or not the plain one.
+            None if there is no compiled code, if it does not know such large images, so short or long a data
+            range or such a network, or if the network is elsewhere than on the CPU.
 
         Warns
         -----
         UserWarning
             If there should be compiled code and is none, once in the process.
         """
-        if math.prod(image_shape) > _MOST_VALUES or not is_plain(network) or not _is_within(network):
+        is_far = not _SPANS[0] < scale.span < _SPANS[1]
+        if (
+            is_far
+            or math.prod(image_shape) > _MOST_VALUES
+            or not is_plain(network)
+            or not _is_within(network)
+        ):
             return None
         library = load_or_warn()
         return None if library is None else cls(library, network, image_shape, scale)
@@ -107,15 +114,15 @@ class Engine:
         Returns
         -------
         dict
-            ``failed`` (b,), bool: where float32 overflowed and nothing else counts; ``logits`` (b, n_classes)
-            and ``features`` (b, n_features), float32. With `maps` also ``scores`` (b, N) of all tiles,
-            ``tiles`` (b, n), int32, best first, ``attention`` and ``contribution`` (b, n) of these.
+            ``failed`` (b,), bool: where there is NaN, or float32 overflowed, and nothing else counts;
+            ``logits`` (b, n_classes) and ``features`` (b, n_features), float32. With `maps` also ``scores``
+            (b, N) of all tiles, ``tiles`` (b, n), int32, best first, ``attention`` and ``contribution``
+            (b, n) of these.
 
         Raises
         ------
         ValueError
-            If the images have another shape than those of the fit, or values so far outside the range of the
-            fit that they overflow when scaled.
+            If the images have another shape than those of the fit.
         MemoryError
             If there is none.
         """
@@ -134,13 +141,10 @@ class Engine:
         results = Results(**{name: array.ctypes.data for name, array in found.items()})
         if timed:
             results.seconds = self.seconds.ctypes.data
-        given: tuple[int | None, int | None]
-        if images.dtype == np.uint8 and self._bytes_are_finite:
-            images = np.ascontiguousarray(images)
-            given = images.ctypes.data, None
-        else:
-            images = self._scale.finite(images)
-            given = None, images.ctypes.data
+        if not (images.dtype.name in KINDS and images.dtype.isnative):
+            images = images.astype(np.float64)
+        images = np.ascontiguousarray(images)
+        given = images.ctypes.data, KINDS.index(images.dtype.name)
         scratch = self._scratch(n)
         self._library.sparseattn_run(ctypes.addressof(plan), n, *given, b, ctypes.addressof(results), scratch)
         if maps:
@@ -200,12 +204,12 @@ class Engine:
             hidden_dim=fusion.out.in_features,
             n_classes=fusion.out.out_features,
             low=self._scale.low,
-            span=self._scale.high - self._scale.low,
+            span=self._scale.span,
             background=float(coarse.background),
         )
-        with np.errstate(over="ignore"):
-            scaled = self._scale(np.arange(256, dtype=np.uint8).reshape(1, 256, 1, 1)).ravel()
-        self._bytes_are_finite = bool(np.isfinite(scaled).all())
+        plan.exact_low, plan.exact_span = self._scale.low, self._scale.span
+        plan.least, plan.most = CLIP
+        scaled = self._scale(np.arange(256, dtype=np.uint8).reshape(1, 256, 1, 1)).ravel()
         plan.bytes = self._keep(scaled.astype(float) - plan.background)
         self._put_coarse(plan, coarse)
         self._put_tokens(plan, tokens)

@@ -46,7 +46,7 @@ def evaluate(
     Raises
     ------
     ValueError
-        If values of X are so far outside the range of the fit that they overflow when scaled.
+        If X contains NaN.
     """
     exact = exact_copy(network, k)
     device = next(exact.parameters()).device
@@ -120,7 +120,7 @@ def run(
     Raises
     ------
     ValueError
-        If values of X are so far outside the range of the fit that they overflow when scaled.
+        If X contains NaN.
     """
     if engine is None:
         yield from evaluate(network, images, scale, k)

@@ -43,7 +43,7 @@ def evidence_maps(
     Raises
     ------
     ValueError
-        If values of X are so far outside the range of the fit that they overflow when scaled.
+        If X contains NaN.
     """
     maps = np.empty((len(images), *images.image_shape[:2]), dtype=images.float_dtype)
     with torch.inference_mode(False):  # in it nothing has gradients

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MOST_LAYERS = 8  # as in sparseattn.h
+KINDS = ("uint8", "uint16", "float32", "float64")  # of the values of images, in the order of its enum
 FILE = Path(__file__).with_name("libsparseattn.dll" if os.name == "nt" else "libsparseattn.so")
 
 _HAS_WARNED = threading.Event()
@@ -27,6 +28,7 @@ class Plan(ctypes.Structure):
         *_fields(ctypes.c_int32, "height", "width", "n_channels"),
         *_fields(ctypes.c_int32, "kernel_size", "stride_early", "stride_middle", "n_early", "n_middle"),
         *_fields(ctypes.c_int32, "embed_dim", "n_keys", "n_layers", "hidden_dim", "n_classes"),
+        *_fields(ctypes.c_double, "exact_low", "exact_span", "least", "most"),
         *_fields(ctypes.c_float, "low", "span", "background", "key_epsilon", "norm_epsilon"),
         *_fields(ctypes.c_void_p, "bytes", "early", "early_bias", "middle", "middle_bias", "score"),
         *_fields(ctypes.c_void_p, "token", "token_bias"),
@@ -81,7 +83,7 @@ def load() -> Loaded:
     types = {
         "sizes": (None, [pointer, pointer]),
         "scratch": (int64, [pointer, int32, pointer]),
-        "run": (None, [pointer, int32, pointer, pointer, int64, pointer, pointer]),
+        "run": (None, [pointer, int32, pointer, int32, int64, pointer, pointer]),
         "extension": (ctypes.c_char_p, []),
         "sources": (ctypes.c_char_p, []),
     }

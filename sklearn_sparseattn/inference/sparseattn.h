@@ -27,7 +27,8 @@ typedef struct {
     int32_t kernel_size, stride_early, stride_middle;          /* 3, 5 or 7; 1 or 2 */
     int32_t n_early, n_middle;                                 /* channels of the maps, not padded */
     int32_t embed_dim, n_keys, n_layers, hidden_dim, n_classes; /* not padded */
-    float low, span, background; /* a uint8 value v becomes (v - low) / span; of all values the background is taken */
+    double exact_low, exact_span, least, most; /* a value v becomes (v - low) / span, clipped to [least, most]; */
+    float low, span, background;               /* then the background is taken from it */
     float key_epsilon, norm_epsilon;
     const float *bytes;              /* (256) what each uint8 value becomes, less the background */
     const float *early, *early_bias; /* inputs in the order (row, channel, column), each output twice in succession */
@@ -57,10 +58,12 @@ typedef struct {
    it is then ready for fewer tiles, too. */
 SPARSEATTN_API int64_t sparseattn_scratch(const sparseattn_plan *plan, int32_t n_tiles, void *memory);
 
-/* Run n images and choose n_tiles of each: uint8 of shape (n, height, width, n_channels), or, if `bytes` is NULL, float32
-   of shape (n, n_channels, height, width), scaled to about [0, 1], finite. */
-SPARSEATTN_API void sparseattn_run(const sparseattn_plan *plan, int32_t n_tiles, const uint8_t *bytes,
-                                   const float *scaled, int64_t n, const sparseattn_results *results, void *memory);
+/* What the values of images are. */
+enum { SPARSEATTN_UINT8, SPARSEATTN_UINT16, SPARSEATTN_FLOAT32, SPARSEATTN_FLOAT64 };
+
+/* Run n images of one kind, (n, height, width, n_channels), and choose n_tiles of each. An image with NaN fails. */
+SPARSEATTN_API void sparseattn_run(const sparseattn_plan *plan, int32_t n_tiles, const void *images, int32_t kind,
+                                   int64_t n, const sparseattn_results *results, void *memory);
 
 /* Sizes of the two structures, so that a caller can check that it means the same. */
 SPARSEATTN_API void sparseattn_sizes(int64_t *plan, int64_t *results);

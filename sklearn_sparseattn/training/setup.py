@@ -118,7 +118,7 @@ def background_level(training: LabelledImages) -> float:
     Raises
     ------
     ValueError
-        If values are so far outside `data_range` that they overflow when scaled.
+        If there is NaN.
     """
     n = len(training.images)
     images = training.images.take(np.linspace(0, n - 1, min(n, _ENOUGH)).astype(np.intp))

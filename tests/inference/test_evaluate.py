@@ -10,7 +10,7 @@ from scipy import sparse
 from scipy.special import expit
 from torch import nn
 
-from sklearn_sparseattn.images import ImageRows, PixelScale
+from sklearn_sparseattn.images import CLIP, ImageRows, PixelScale
 from sklearn_sparseattn.inference import (
     attention_maps,
     evaluate,
@@ -173,14 +173,28 @@ def test_containers_and_dtypes_give_the_same_bits():
 
 @pytest.mark.parametrize("value", [1e300, -1e300, 1e39, 1.7e308])
 @pytest.mark.parametrize("data_range", [(0.0, 1.0), (5.0, 6.0), (0.0, 1e-3)])
-def test_values_out_of_all_range_are_refused(value, data_range):
+def test_values_out_of_all_range_are_clipped(value, data_range):
     image_shape = (2, 3, 1)
     X = np.zeros((4, 6))
+    clipped = X.copy()
+    clipped[2, 1] = data_range[0] + CLIP[value > 0] * (data_range[1] - data_range[0])
     X[2, 1] = value
+    network = make_network(image_shape, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(ValueError, match=r"too far from data_range_=.* of the fit"):
-            outputs(make_network(image_shape, 1), ImageRows(X, image_shape), PixelScale(data_range))
+        found, expected = (
+            outputs(network, ImageRows(images, image_shape), PixelScale(data_range))
+            for images in (X, clipped)
+        )
+    for one, two in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
+def test_nan_is_named():
+    X = np.zeros((4, 6))
+    X[2, 1] = np.nan
+    with pytest.raises(ValueError, match="X contains NaN"):
+        outputs(make_network((2, 3, 1), 1), ImageRows(X, (2, 3, 1)), PixelScale((0.0, 1.0)))
 
 
 # ---- results ----

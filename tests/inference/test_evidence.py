@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from sklearn import config_context
 from sklearn.exceptions import NotFittedError
 from torch import nn
 from torch.nn import functional as F
@@ -333,7 +334,9 @@ def test_labels_are_checked(clf, y, message):
 def test_images_are_checked(clf):
     with pytest.raises(ValueError, match="fitted to"):
         clf.evidence_maps(np.zeros((2, 16, 16)))
-    with pytest.raises(ValueError, match="overflow"):
-        clf.evidence_maps(np.full((1, 32, 32), 1e300))
+    with pytest.warns(UserWarning, match="in the units of the training images"):
+        clf.evidence_maps(np.linspace(0, 1e300, 32 * 32).reshape(1, 32, 32))
+    with config_context(assume_finite=True), pytest.raises(ValueError, match="X contains NaN"):
+        clf.evidence_maps(np.full((1, 32, 32), np.nan))
     with pytest.raises(NotFittedError):
         SparseAttnClassifier().evidence_maps(CELLS.images)

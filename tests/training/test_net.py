@@ -481,11 +481,11 @@ def test_a_network_that_cannot_be_made_is_named(name):
 def test_background_is_the_mean_of_the_outermost_pixels(height, width, dtype):
     images = np.random.default_rng(0).integers(0, 256, (5, height, width, 3)).astype(dtype)
     training = LabelledImages(
-        ImageRows(images, images.shape[1:]), np.arange(5), np.ones(5), PixelScale((10.0, 20.0))
+        ImageRows(images, images.shape[1:]), np.arange(5), np.ones(5), PixelScale((10.0, 110.0))
     )
     row, column = np.indices((height, width))
     at_border = (row == 0) | (row == height - 1) | (column == 0) | (column == width - 1)
-    expected = (images[:, at_border].mean() - 10) / 10
+    expected = (images[:, at_border].mean() - 10) / 100
     network = new_network(PARAMS, (height, width, 3), 5, torch.Generator().manual_seed(0), training)
     assert network.coarse.background.item() == pytest.approx(expected, rel=1e-6)
     other = new_network(PARAMS, (height, width, 3), 5, torch.Generator().manual_seed(0))
