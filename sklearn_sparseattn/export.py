@@ -266,7 +266,11 @@ def _probabilities(graph: _Graph, network: Any, images: str, shape: ImageShape, 
         pooled.insert(0, graph.add("ReduceMax", tokens, graph.whole(1), keepdims=0))
     tokens = graph.linear(tokens, _array(out.weight), _array(out.bias))
     features = graph.add("Concat", _fine(graph, network, tokens, n_chosen), *pooled, axis=1)
-    first = graph.add("Relu", graph.linear(features, *_folded(*network.fusion.first[:2])))
+    weight, bias = _folded(*network.fusion.first[:2])
+    if network.fusion.norm is not None:
+        factor, offset = _as_affine(network.fusion.norm)
+        weight, bias = weight * factor, bias + weight @ offset
+    first = graph.add("Relu", graph.linear(features, weight, bias))
     more = graph.add("Relu", graph.linear(first, *_folded(*network.fusion.residual[:2])))
     last = network.fusion.out
     logits = graph.linear(graph.add("Add", first, more), _array(last.weight), _array(last.bias))
@@ -275,9 +279,14 @@ def _probabilities(graph: _Graph, network: Any, images: str, shape: ImageShape, 
 
 def _folded(layer: Any, norm: Any) -> tuple[np.ndarray, np.ndarray]:
     """Weight and bias of a layer without bias, with the batch norm after it."""
+    factor, offset = _as_affine(norm)
+    return (_array(layer.weight).T * factor).T, offset
+
+
+def _as_affine(norm: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Batch norm as a factor and an offset."""
     factor = _array(norm.weight) / np.sqrt(_array(norm.running_var) + norm.eps)
-    bias = _array(norm.bias) - _array(norm.running_mean) * factor
-    return (_array(layer.weight).T * factor).T, bias
+    return factor, _array(norm.bias) - _array(norm.running_mean) * factor
 
 
 def _coarse_maps(graph: _Graph, coarse: Any, images: str) -> list[str]:

@@ -94,13 +94,13 @@ class PixelScale:
 
     Attributes
     ----------
-    low, span : float
-        lo and hi - lo.
+    low, high, span : float
+        lo, hi, and their difference.
     """
 
     def __init__(self, data_range: tuple[float, float]) -> None:
-        self.low, high = data_range
-        self.span = high - self.low
+        self.low, self.high = data_range
+        self.span = self.high - self.low
         # One map for every dtype, in float64. Bytes have a table, and float32 where that has the same bits.
         self._bytes = self._in_float64(np.arange(256.0))
         with np.errstate(all="ignore"):  # bytes may lie far outside a small range

@@ -270,10 +270,16 @@ class Engine:
 
     def _put_head(self, plan: Plan, fusion: FusionClassifier) -> None:
         columns = _round_up(plan.hidden_dim)
+        assert fusion.norm is not None  # only the paper's form has none
+        before: Any = _as_affine(fusion.norm)
         layers: dict[str, Any] = {"first": fusion.first, "residual": fusion.residual}
         for name, (linear, norm, _) in layers.items():
             factor, offset = _as_affine(norm)
-            setattr(plan, name, self._keep((_array(linear.weight) * factor[:, None]).T, columns=columns))
+            weight = _array(linear.weight) * factor[:, None]
+            if before is not None:
+                weight, offset = weight * before[0], offset + weight @ before[1]
+            before = None
+            setattr(plan, name, self._keep(weight.T, columns=columns))
             setattr(plan, f"{name}_bias", self._keep(offset, columns=columns))
         columns = _round_up(plan.n_classes)
         plan.last = self._keep(_array(fusion.out.weight).T, columns=columns)

@@ -102,7 +102,8 @@ class SparseAttnNet(nn.Module):
 
     By its first factor the loss of the answer teaches the scores, where in the paper the distillation alone
     does. The second makes the answer a continuous function of the image. Then
-    f = [z_fine ; maximum of the tokens ; z_coarse], with z_coarse pooled from the second stage. The epsilon
+    f = [z_fine ; maximum of the tokens ; z_coarse], with z_coarse pooled from the second stage; batch norm
+    brings these features to one scale before the classifier. The epsilon
     of the keys is 1e-3, so that answers do not depend on rounding where all keys of a column are about 0.
 
     Hooks are called on the layers, but not on ``embedding.out`` and ``tokens.out``, whose weights are folded,
@@ -169,7 +170,9 @@ class SparseAttnNet(nn.Module):
             )
             self.tile, n_fine = self.coarse.steps[1], 2 * embed_dim
             self.tokens = TileTokens(own["channels"], strides[1], embed_dim, own["n_layers"])
-        self.fusion = FusionClassifier(n_fine + self.coarse.n_features, n_classes, hidden_dim)
+        self.fusion = FusionClassifier(
+            n_fine + self.coarse.n_features, n_classes, hidden_dim, normalize=variant != "paper"
+        )
         self.k_by_image: Tensor | None = None
         self.register_buffer("k", torch.tensor(float(k), dtype=torch.float64, device="cpu"))
 

@@ -25,22 +25,26 @@ def array(tensor):
     return tensor.detach().numpy()
 
 
+def normalized(features, norm, batch_statistics):
+    mean = features.mean(0) if batch_statistics else array(norm.running_mean)
+    variance = features.var(0) if batch_statistics else array(norm.running_var)
+    return (features - mean) / np.sqrt(variance + norm.eps) * array(norm.weight) + array(norm.bias)
+
+
 def layer(features, layers, batch_statistics):
     linear, norm, _ = layers
-    hidden = features @ array(linear.weight).T
-    mean = hidden.mean(0) if batch_statistics else array(norm.running_mean)
-    variance = hidden.var(0) if batch_statistics else array(norm.running_var)
-    hidden = (hidden - mean) / np.sqrt(variance + norm.eps) * array(norm.weight) + array(norm.bias)
-    return np.maximum(hidden, 0)
+    return np.maximum(normalized(features @ array(linear.weight).T, norm, batch_statistics), 0)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("sizes", [(80, 3, 128), (5, 2, 1), (1, 1, 7)])
-def test_logits_are_those_of_the_residual_mlp(sizes, training):
+def test_logits_are_those_of_the_residual_mlp(sizes, training, normalize):
     in_features, n_classes, hidden_dim = sizes
-    fusion = make_fusion(in_features, n_classes, hidden_dim=hidden_dim).train(training)
+    fusion = make_fusion(in_features, n_classes, hidden_dim=hidden_dim, normalize=normalize).train(training)
     features = np.random.default_rng(0).normal(size=(6, in_features))
-    hidden = layer(features, fusion.first, training)
+    hidden = normalized(features, fusion.norm, training) if normalize else features
+    hidden = layer(hidden, fusion.first, training)
     hidden = hidden + layer(hidden, fusion.residual, training)
     expected = hidden @ array(fusion.out.weight).T + array(fusion.out.bias)
     logits = fusion(torch.from_numpy(features))

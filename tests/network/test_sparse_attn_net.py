@@ -55,9 +55,9 @@ class Reference:
         self.of_tiles = "tokens.first.weight" in self.w
         self.tile = strides[0] * strides[1] if self.of_tiles else 1
 
-    def norm(self, x, name):
+    def norm(self, x, name, eps=1e-5):
         mean, variance = self.w[f"{name}.running_mean"], self.w[f"{name}.running_var"]
-        return (x - mean) / np.sqrt(variance + 1e-5) * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
+        return (x - mean) / np.sqrt(variance + eps) * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
 
     def stage(self, x, name, stride=1):
         """x : (H, W, C)."""
@@ -156,6 +156,8 @@ class Reference:
         def layer(x, name):
             return np.maximum(self.norm(x @ self.w[f"{name}.0.weight"].T, f"{name}.1"), 0)
 
+        if self.of_tiles:
+            x = self.norm(x, "fusion.norm", eps=1e-3)
         x = layer(x, "fusion.first")
         x = x + layer(x, "fusion.residual")
         return x @ self.w["fusion.out.weight"].T + self.w["fusion.out.bias"]
