@@ -1,7 +1,7 @@
 """How many threads PyTorch computes on during a call. After it, and in other threads, all is as it was.
 
 GNU OpenMP's threads do not survive a fork, and its next parallel region in a thread that forked waits for
-them for ever. So in a forked process that thread lets PyTorch have no others.
+them for ever. So in a forked process PyTorch has one thread for a call.
 """
 
 import multiprocessing
@@ -13,11 +13,11 @@ from contextlib import contextmanager
 import torch
 from threadpoolctl import ThreadpoolController
 
-_OWN = threading.local()  # `is_forked` is set in a thread whose OpenMP threads may be gone
+_FORKED: list[int] = []  # the thread that forked, whose OpenMP threads may be gone; empty if none did
 
 
 def _is_after_fork() -> None:
-    _OWN.is_forked = True
+    _FORKED[:] = [threading.get_ident()]
 
 
 if hasattr(os, "register_at_fork"):  # Windows has no fork
@@ -31,7 +31,7 @@ _OPENMP = ThreadpoolController().select(user_api="openmp")
 
 @contextmanager
 def safe_after_fork() -> Iterator[None]:
-    """Let PyTorch compute in a forked process: on one thread, since with more it would hang.
+    """Let PyTorch compute in a forked process: on one thread, since with more it could hang.
 
     In other processes nothing is changed.
 
@@ -40,8 +40,12 @@ def safe_after_fork() -> Iterator[None]:
     None
         Afterwards PyTorch has the threads that it had.
     """
-    if not getattr(_OWN, "is_forked", False):
+    if not _FORKED:
         yield
+        return
+    if threading.get_ident() not in _FORKED:
+        with _OPENMP.limit(limits=1):
+            yield
         return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -66,7 +70,7 @@ def on_threads(n_threads: int | None) -> Iterator[None]:
         Afterwards PyTorch has the threads that it had.
     """
     with safe_after_fork():
-        if n_threads is None or getattr(_OWN, "is_forked", False):
+        if n_threads is None or _FORKED:
             yield
             return
         with _OPENMP.limit(limits=n_threads):
