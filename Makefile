@@ -10,28 +10,48 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 JOBS ?= 2
+# Not at their lowest in test-oldest. Of torch, PyPI has old releases only with CUDA, of several GB; where its CPU
+# index can be reached:  make test-oldest NOT_OLDEST=none PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
+NOT_OLDEST ?= torch
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard sklearn_sparseattn/*/_*.[ch])
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean distclean
+.PHONY: help setup demo test test-oldest lint format clean distclean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP)  ## make .venv with everything in it
 
-# Runs again only when what is to be installed has changed.
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard sklearn_sparseattn/*/_*.[ch])
+# A virtual environment in $(1), if there is none that works.
+define make_environment
 	@command -v "$(PYTHON)" >/dev/null || { \
 	  echo "No '$(PYTHON)' here. Install Python 3.10 or newer, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "'$(PYTHON)' is `"$(PYTHON)" --version`; Python 3.10 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "'$(PYTHON)' lacks the venv module. On Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-	@"$(PY)" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear "$(VENV)"
+	@"$(1)/bin/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear "$(1)"
+endef
+
+# Runs again only when what is to be installed has changed.
+$(STAMP): $(SOURCES)
+	$(call make_environment,$(VENV))
 	"$(PY)" -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Every `name>=version` of pyproject.toml as `name==version`, but what the checks or the build alone need.
+$(OLDEST)/.installed: $(SOURCES) Makefile
+	$(call make_environment,$(OLDEST))
+	@grep -oE '^[^#]*"[a-z0-9-]+>=[^"]+"' pyproject.toml | grep -oE '[a-z0-9-]+>=[^"]+' | sed 's/>=/==/' \
+	  | grep -vE '^(mypy|ruff|setuptools|$(NOT_OLDEST))==' | sort -u >"$(OLDEST)/lowest.txt"
+	@grep -vE "^($$(sed 's/==.*//' "$(OLDEST)/lowest.txt" | paste -sd '|' -))==" constraints.txt >"$(OLDEST)/rest.txt"
+	"$(OLDEST)/bin/python" -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+	  -c "$(OLDEST)/lowest.txt" -c "$(OLDEST)/rest.txt" -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP)  ## set up, then run the main job: cells of four modalities, learned and shown
@@ -41,6 +61,10 @@ demo: $(STAMP)  ## set up, then run the main job: cells of four modalities, lear
 # SCIPY_ARRAY_API: without it scikit-learn skips its array API checks.
 test: $(STAMP)  ## set up, then run the tests and doctests
 	OMP_NUM_THREADS=1 SCIPY_ARRAY_API=1 "$(PY)" -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+# The Python must be one for which the lowest NumPy was built: 3.10 to 3.12.
+test-oldest: $(OLDEST)/.installed  ## test with the lowest versions that pyproject.toml names, in .venv-oldest
+	OMP_NUM_THREADS=1 SCIPY_ARRAY_API=1 "$(OLDEST)/bin/python" -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff (rules and format), mypy on the package
 	"$(PY)" -m ruff check .
@@ -53,7 +77,7 @@ format: $(STAMP)  ## let ruff format and mend what it can
 
 clean:  ## remove caches and built files
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find . -path "./$(VENV)" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . \( -path "./$(VENV)" -o -path "./$(OLDEST)" \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean  ## clean, and remove .venv too
-	rm -rf "$(VENV)"
+distclean: clean  ## clean, and remove .venv and .venv-oldest too
+	rm -rf "$(VENV)" "$(OLDEST)"

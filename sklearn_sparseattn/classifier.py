@@ -101,7 +101,7 @@ class SparseAttnClassifier(FittedNetwork):
     checkpoint_dir : str or path, default=None
         Folder to which `fit` writes its state after every epoch, see Notes. `partial_fit` writes nothing.
     n_jobs : int, default=None
-        Threads to predict with; None is 1, -1 is all processors. The fit has those of PyTorch.
+        Threads to predict with; None is 1, -1 is all processors. A fit has PyTorch's; one after a fork.
     device : str or torch.device, default="cpu"
         "cpu", "cuda", "cuda:1", "mps", or "auto" for what there is.
     random_state : int, RandomState instance or None, default=None

@@ -21,6 +21,7 @@ from .inference import is_plain
 from .network.selection import LEAST, n_closing
 from .parameters import capped, check_predict_k, to_pixels
 from .persistence import plain_labels
+from .threads import safe_after_fork
 
 _DTYPES = ("uint8", "uint16", "float32")
 _OPSET, _IR_VERSION = 18, 8  # of 2022: runtimes of all platforms know them
@@ -28,6 +29,7 @@ _OPSET, _IR_VERSION = 18, 8  # of 2022: runtimes of all platforms know them
 Size = tuple[int, int]  # rows and columns
 
 
+@safe_after_fork()
 def export_onnx(
     estimator: SparseAttnClassifier, path: str | os.PathLike[str], *, dtype: str | None = None
 ) -> None:

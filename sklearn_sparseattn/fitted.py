@@ -34,6 +34,7 @@ from .inference import (
 )
 from .network import SparseAttnNet, SparseAttnOutput
 from .parameters import capped, check_predict_k, to_pixels
+from .threads import safe_after_fork
 
 
 def all_or_nothing(fit: Callable) -> Callable:
@@ -54,7 +55,7 @@ def all_or_nothing(fit: Callable) -> Callable:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         before = self.__dict__.copy()
         try:
-            with torch.inference_mode(False), torch.enable_grad(), ExitStack() as plain:
+            with torch.inference_mode(False), torch.enable_grad(), safe_after_fork(), ExitStack() as plain:
                 for device in ("cpu", "cuda"):
                     plain.enter_context(torch.autocast(device, enabled=False))
                 return fit(self, *args, **kwargs)
@@ -382,8 +383,8 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
 
     def _run(self, images: ImageRows, *, maps: bool = False) -> Iterator[tuple[slice, SparseAttnOutput]]:
         scale = PixelScale(self.data_range_)
-        # To count the processors takes as long as to predict an image.
-        is_alone = len(images) == 1 and self.n_jobs != 0
+        # To count the processors takes as long as the engine does for an image, which is never shared.
+        is_alone = len(images) == 1 and self.n_jobs != 0 and self._engine is not None
         n_threads = 1 if is_alone else effective_n_jobs(self.n_jobs)
         k = self._predicting_k()
         return run(self._engine, self.network_, images, scale, k=k, maps=maps, n_threads=n_threads)
@@ -404,6 +405,7 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
         """Prepare the network to be run; what happens to its weights later does not count."""
         self._engine = Engine.of(self.network_, self.image_shape_, PixelScale(self.data_range_))
 
+    @safe_after_fork()
     def __getstate__(self):
         state = dict(super().__getstate__())
         state.pop("_engine", None)
@@ -415,6 +417,7 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
             state["network_"] = {"form": network.form, "arrays": network_arrays(network)}
         return state
 
+    @safe_after_fork()
     def __setstate__(self, state):
         network = state.get("network_")
         if isinstance(network, Mapping):

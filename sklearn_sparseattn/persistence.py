@@ -28,6 +28,7 @@ from .fitted import network_arrays, network_of
 from .inference import resolve_device
 from .network import SparseAttnNet
 from .parameters import is_count_or_share
+from .threads import safe_after_fork
 
 FORMAT_VERSION = 1
 
@@ -50,6 +51,7 @@ _WHAT_WRONG_CONTENT_RAISES = (
 )
 
 
+@safe_after_fork()
 def save_model(estimator: SparseAttnClassifier, path: str | os.PathLike[str]) -> None:
     """Keep a fitted classifier in a file that is safe to load, whoever sent it.
 
@@ -132,6 +134,7 @@ def save_model(estimator: SparseAttnClassifier, path: str | os.PathLike[str]) ->
         )
 
 
+@safe_after_fork()
 def load_model(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> SparseAttnClassifier:
     """Load a classifier that `save_model` wrote.
 

@@ -93,6 +93,11 @@ def test_calibration_error(load_benchmark):
     assert calibration_error(np.eye(3), np.array([1, 2, 0])) == 1
     # Errors of either sign in one bin cancel, in two bins they add.
     assert calibration_error(np.array([[0.51, 0.49], [0.52, 0.48]]), np.array([0, 1])) == pytest.approx(0.015)
+    # Neighbouring bins do not make up for each other, up to the last two.
+    for low in np.arange(8, 14) / 15 + 1 / 30:
+        top = np.array([low, low + 1 / 15])
+        found = calibration_error(np.column_stack([top, 1 - top]), np.array([1, 0]))
+        assert found == pytest.approx((1 - 1 / 15) / 2)
 
 
 @pytest.mark.parametrize("name", ["lenet", "hog_svc", "hist_gradient_boosting"])

@@ -155,6 +155,17 @@ def test_calibration_counts_every_cell_once_and_sees_a_model_that_is_too_sure():
     assert scores.calibration(np.ones(3), np.ones(3, dtype=bool))[0].n == 3
 
 
+@pytest.mark.parametrize("low", [0.05, 0.15, 0.45, 0.55, 0.65, 0.75, 0.85])
+def test_cells_of_two_neighbouring_bins_do_not_make_up_for_each_other(low):
+    """Ten sure and all wrong, ten a little surer and all right: one bin for both would see less."""
+    confidence, right = np.repeat([low, low + 0.1], 10), np.repeat([False, True], 10)
+    bins = scores.calibration(confidence, right)
+    assert [one.n for one in bins] == [10, 10]
+    np.testing.assert_allclose([one.confidence for one in bins], [low, low + 0.1])
+    assert [one.right.value for one in bins] == [0, 1]
+    assert scores.calibration_error(bins) == pytest.approx((low + 1 - (low + 0.1)) / 2)
+
+
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=30), st.integers(1, 40))
 def test_wrong_ones_are_shown_first_then_the_least_sure(cells, n):
     confidence, right = (np.array(column) for column in zip(*cells, strict=True))

@@ -27,8 +27,8 @@ _DESCRIPTIONS = {
 }
 _DTYPES = {"opd": np.float32, "hologram": np.uint8, "event": np.int8, "brightfield": np.uint8}
 _MIN_SIDE = 8
-_CHUNK_PIXELS = 2**20
-_CHUNK_IMAGES = 64
+CHUNK_PIXELS = 2**20
+CHUNK_IMAGES = 64
 
 
 def make_cells(
@@ -135,9 +135,9 @@ def make_cells(
     check_scalar(n_classes, "n_classes", Integral, min_val=2, max_val=len(CLASS_NAMES))
     check_scalar(difficulty, "difficulty", Real, min_val=0, max_val=1)
     check_scalar(return_masks, "return_masks", (bool, np.bool_))
-    shape = _check_image_size(image_size)
-    counts = _class_counts(n_samples, n_classes, weights)
-    seed = _draw_seed(random_state)
+    shape = check_image_size(image_size)
+    counts = class_counts(n_samples, n_classes, weights)
+    seed = draw_seed(random_state)
     target = np.repeat(np.arange(n_classes, dtype=np.int64), counts)
     np.random.default_rng([seed, 0]).shuffle(target)
     data = _render(target, modality, shape, float(difficulty), bool(return_masks), seed)
@@ -171,7 +171,7 @@ def _render(
         data["masks"] = np.empty((n, *shape), dtype=np.uint8)
     texture = draw_texture(shape, np.random.default_rng([seed, 1]))
     noise = 0.5 + difficulty
-    size = int(np.clip(_CHUNK_PIXELS // (shape[0] * shape[1]), 1, _CHUNK_IMAGES))
+    size = int(np.clip(CHUNK_PIXELS // (shape[0] * shape[1]), 1, CHUNK_IMAGES))
     for start in range(0, n, size):
         rows = slice(start, min(start + size, n))
         rng = np.random.default_rng([seed, 2, start])
@@ -184,7 +184,7 @@ def _render(
     return data
 
 
-def _draw_seed(random_state: int | np.random.RandomState | np.random.Generator | None) -> int:
+def draw_seed(random_state: int | np.random.RandomState | np.random.Generator | None) -> int:
     """One integer that decides everything; None takes fresh entropy, not the global generator."""
     if random_state is None:
         return int(np.random.SeedSequence().generate_state(1)[0])
@@ -193,7 +193,7 @@ def _draw_seed(random_state: int | np.random.RandomState | np.random.Generator |
     return int(check_random_state(random_state).randint(2**31 - 1))
 
 
-def _check_image_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
+def check_image_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
     """Return (H, W)."""
     sides = (image_size,) * 2 if isinstance(image_size, (int, np.integer)) else image_size
     try:
@@ -205,7 +205,7 @@ def _check_image_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _class_counts(
+def class_counts(
     n_samples: int | Sequence[int], n_classes: int, weights: Sequence[float] | None
 ) -> np.ndarray:
     """Count the images of each class: as given, or shares rounded so that the sum is right."""

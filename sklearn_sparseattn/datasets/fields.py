@@ -12,9 +12,9 @@ from numbers import Integral
 import numpy as np
 from sklearn.utils import Bunch, check_scalar
 
-from .cells import _CHUNK_IMAGES, _CHUNK_PIXELS, _check_image_size, _class_counts, _draw_seed
-from .modalities import _stained, _to_camera
-from .population import Cells, _draw_outline
+from .cells import CHUNK_IMAGES, CHUNK_PIXELS, check_image_size, class_counts, draw_seed
+from .modalities import stained, to_camera
+from .population import Cells, draw_outline
 from .projection import TEXTURE_SIZE, Frame, draw_texture, pixel_size, project
 
 _SCALE = (40, 40)  # an image of `make_cells` of this shape has pixels as large
@@ -113,12 +113,12 @@ def make_fields(
     np.True_
     """
     check_scalar(n_classes, "n_classes", Integral, min_val=2, max_val=len(BODIES))
-    shape = _check_image_size(image_size)
+    shape = check_image_size(image_size)
     for side in shape:
         check_scalar(side, "image_size", Integral, min_val=_MIN_SIDE)
     _check_n_cells(n_cells)
-    counts = _class_counts(n_samples, n_classes, None)
-    seed = _draw_seed(random_state)
+    counts = class_counts(n_samples, n_classes, None)
+    seed = draw_seed(random_state)
     target = np.repeat(np.arange(n_classes, dtype=np.int64), counts)
     np.random.default_rng([seed, 0]).shuffle(target)
     images, masks = _render(target, shape, n_cells, seed)
@@ -154,7 +154,7 @@ def _render(
     """Images and masks, both (n, H, W) uint8, chunk by chunk."""
     images, masks = (np.empty((len(target), *shape), dtype=np.uint8) for _ in range(2))
     texture = draw_texture(_SCALE, np.random.default_rng([seed, 1]))
-    size = int(np.clip(_CHUNK_PIXELS // (shape[0] * shape[1]), 1, _CHUNK_IMAGES))
+    size = int(np.clip(CHUNK_PIXELS // (shape[0] * shape[1]), 1, CHUNK_IMAGES))
     for start in range(0, len(target), size):
         rows = slice(start, start + size)
         rng = np.random.default_rng([seed, 2, start])
@@ -184,14 +184,14 @@ def _render_chunk(
     offset = rng.integers(0, TEXTURE_SIZE, size=(len(kind), 2))
     frame = Frame(shape=shape, pixel=PIXEL, centre=centre[placed], texture=texture, offset=offset)
     maps = project(cells, frame)
-    _, body, dots = _stained(cells, maps)
+    _, body, dots = stained(cells, maps)
     stain = np.exp(0.1 * rng.normal(size=(2, n)))[:, field] * cells.density
     stain = stain.astype(np.float32)[:, :, None, None]
     density = STAIN_CELL * stain[0] * body + STAIN_DOT * stain[1] * dots
     level = np.exp(-_collect(density, field, n, frame, np.add))
     level *= rng.uniform(*LAMP, size=(n, 1, 1)).astype(np.float32)
     labels = (maps.body > 0) * np.where(kind >= 0, 2, 1).astype(np.uint8)[:, None, None]
-    return _to_camera(level, NOISE, rng), _collect(labels, field, n, frame, np.maximum)
+    return to_camera(level, NOISE, rng), _collect(labels, field, n, frame, np.maximum)
 
 
 def _scatter(
@@ -231,7 +231,7 @@ def _draw_hosts(radius: np.ndarray, kind: np.ndarray, holding: np.ndarray, rng: 
     roughness = np.full(n, 0.03)
     return Cells(
         radius=radius,
-        outline=_draw_outline(roughness, rng),
+        outline=draw_outline(roughness, rng),
         ruffle=np.zeros((n, 0)),
         lobes=np.zeros((n, 0, 3)),
         lobe_radius=np.zeros((n, 0)),

@@ -71,7 +71,7 @@ def hologram_images(
     image *= rng.uniform(0.4, 0.46, size=(n, 1, 1)).astype(np.float32)  # visibility
     image += 0.5 * (1 + strength**2)
     image *= rng.uniform(98, 106, size=(n, 1, 1)).astype(np.float32)  # laser
-    return _to_camera(image, noise, rng)
+    return to_camera(image, noise, rng)
 
 
 def event_images(
@@ -95,7 +95,7 @@ def brightfield_images(
 ) -> np.ndarray:
     """Stained smear: Beer-Lambert absorption in RGB among red cells, (n, H, W, 3) uint8."""
     n = len(cells.radius)
-    absorbers = [paste(absorber, frame) for absorber in _stained(cells, maps)]
+    absorbers = [paste(absorber, frame) for absorber in stained(cells, maps)]
     red = _red_cells(cells, frame, rng)
     red *= np.maximum(0, 1 - 3 * absorbers[1])
     strength = np.exp(0.13 * rng.normal(size=(4, n, 1, 1))).astype(np.float32)
@@ -115,11 +115,11 @@ def brightfield_images(
         np.negative(density, out=density)
         level = np.exp(density, out=density)
         level *= LAMP[channel] * lamp
-        images[..., channel] = _to_camera(level, noise, rng)
+        images[..., channel] = to_camera(level, noise, rng)
     return images
 
 
-def _stained(cells: Cells, maps: Maps) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def stained(cells: Cells, maps: Maps) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Amounts of nuclear, cytoplasmic and granular dye on the patches, about 1 where present.
 
     A smear dries flat, so that the amount of dye hardly follows the thickness of the living cell.
@@ -232,7 +232,7 @@ def _speckle(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     return 0.5 * (pairs[:, :, 1:] + pairs[:, :, :-1])
 
 
-def _to_camera(level: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+def to_camera(level: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
     """Add shot noise to grey levels in place and round them to uint8.
 
     At some thousand electrons a pixel the Poisson law is a normal one for all purposes.

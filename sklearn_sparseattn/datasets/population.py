@@ -113,7 +113,7 @@ def draw_cells(target: np.ndarray, difficulty: float, rng: np.random.Generator) 
     granules, granule_weight = _draw_granules(radius, log_trait(GRANULE_COUNT, 0.25), rng)
     return Cells(
         radius=radius,
-        outline=_draw_outline(roughness, rng),
+        outline=draw_outline(roughness, rng),
         ruffle=rng.normal(scale=2.0, size=(n, N_HARMONICS)),
         lobes=lobes @ rotation,
         lobe_radius=lobe_radius,
@@ -153,7 +153,7 @@ def _draw_lobe_counts(target: np.ndarray, difficulty: float, rng: np.random.Gene
     return 1 + (rng.random((len(target), 1)) > cumulative[:, :-1]).sum(axis=1)
 
 
-def _draw_outline(roughness: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def draw_outline(roughness: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Fourier series of the outline: a slight oval that says nothing, and the rough membrane."""
     n = len(roughness)
     order = np.arange(N_HARMONICS)

@@ -15,13 +15,18 @@ import torch
 
 from ..images import ImageRows, PixelScale, chunk_slices
 from ..network import SparseAttnNet, SparseAttnOutput
+from ..threads import on_threads
 from .engine import Engine
 
 Pass = tuple[slice, SparseAttnOutput]
 
 
 def evaluate(
-    network: SparseAttnNet, images: ImageRows, scale: PixelScale, k: float | None = None
+    network: SparseAttnNet,
+    images: ImageRows,
+    scale: PixelScale,
+    k: float | None = None,
+    n_threads: int | None = None,
 ) -> Iterator[Pass]:
     """Pass images through the network, in chunks of bounded memory.
 
@@ -35,6 +40,8 @@ def evaluate(
         The map learned in the fit.
     k : float, default=None
         Pixels to choose; None takes the network's own.
+    n_threads : int, default=None
+        Of PyTorch; None leaves it those that it has.
 
     Yields
     ------
@@ -48,11 +55,12 @@ def evaluate(
     ValueError
         If X contains NaN.
     """
-    exact = exact_copy(network, k)
+    with on_threads(n_threads):
+        exact = exact_copy(network, k)
     device = next(exact.parameters()).device
     for rows in chunk_slices(len(images), images.image_shape):
-        batch = torch.from_numpy(scale.finite(images.read(rows))).to(device=device, dtype=torch.float64)
-        with torch.inference_mode():
+        with on_threads(n_threads), torch.inference_mode():  # not while the caller works on what was given
+            batch = torch.from_numpy(scale.finite(images.read(rows))).to(device=device, dtype=torch.float64)
             output = SparseAttnOutput(*(part.cpu() for part in exact(batch)))
         yield rows, output
 
@@ -108,7 +116,7 @@ def run(
     maps : bool, default=False
         Whether scores, tiles, attention and contribution are wanted; without an engine they always come.
     n_threads : int, default=1
-        Of the engine.
+        Of the engine, or where there is none of PyTorch.
 
     Yields
     ------
@@ -123,7 +131,7 @@ def run(
         If X contains NaN.
     """
     if engine is None:
-        yield from evaluate(network, images, scale, k)
+        yield from evaluate(network, images, scale, k, n_threads)
         return
     grid = network.grid_of(*images.image_shape[:2])
 
@@ -137,7 +145,7 @@ def run(
                     for name, part in found.items()
                 }
         for i in failed:
-            [(_, exact)] = evaluate(network, images.take(np.array([rows.start + i])), scale, k)
+            [(_, exact)] = evaluate(network, images.take(np.array([rows.start + i])), scale, k, 1)
             for name, part in found.items():
                 part[i] = getattr(exact, name)[0].flatten()
         shapes = {"scores": (-1, *grid)} if maps else {}

@@ -8,11 +8,13 @@ from torch.nn import functional as F
 
 from ..images import ImageRows, PixelScale, chunk_slices
 from ..network import SparseAttnNet, pixel_tokens
+from ..threads import safe_after_fork
 from .evaluate import exact_copy
 
 _TIED = 1e-9  # relative: cells that differ by rounding share the maximum, whichever of them is above
 
 
+@safe_after_fork()
 def evidence_maps(
     network: SparseAttnNet,
     images: ImageRows,

@@ -80,7 +80,7 @@ def test_modalities_show_the_same_cells(modality):
 
 
 def test_images_do_not_depend_on_what_follows_in_later_chunks(monkeypatch):
-    monkeypatch.setattr(cells_module, "_CHUNK_IMAGES", 4)
+    monkeypatch.setattr(cells_module, "CHUNK_IMAGES", 4)
     target = np.zeros(12, dtype=np.int64)
     args = ("event", (32, 32), 0.5, False, 0)
     whole = cells_module._render(target, *args)["images"]

@@ -97,7 +97,7 @@ def test_no_random_state_gives_new_data():
 
 
 def test_fields_do_not_depend_on_what_follows_in_later_chunks(monkeypatch):
-    monkeypatch.setattr(fields_module, "_CHUNK_IMAGES", 4)
+    monkeypatch.setattr(fields_module, "CHUNK_IMAGES", 4)
     target = np.zeros(12, dtype=np.int64)
     whole, part = (fields_module._render(target[:n], (64, 64), (15, 40), 0) for n in (12, 8))
     for long, short in zip(whole, part, strict=True):

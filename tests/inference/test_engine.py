@@ -8,6 +8,8 @@ import mmap
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -702,6 +704,34 @@ def test_an_error_in_a_thread_comes_out_and_stops_the_rest(n_threads):
     with pytest.raises(OSError, match="the disk is gone"):
         list(run(Engine.of(network, shape, BYTES), network, images, BYTES, n_threads=n_threads))
     assert len(read) <= 6
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, GeneratorExit])
+def test_what_ends_a_call_waits_for_its_threads(error):
+    """Ctrl-C, an error of the caller, a generator that is dropped: then no thread reads X any more."""
+    shape = (16, 16, 1)
+    reading, begun = [], threading.Semaphore(0)
+
+    class Slow(ImageRows):
+        def read(self, rows):
+            reading.append(rows)
+            begun.release()
+            time.sleep(0.2)
+            reading.remove(rows)
+            return super().read(rows)
+
+    network = make_network(shape, 20)
+    images = Slow(np.zeros((400, *shape), np.uint8), shape)
+    passes = run(Engine.of(network, shape, BYTES), network, images, BYTES, n_threads=2)
+    next(passes)
+    for _ in range(3):  # the next two have begun
+        begun.acquire()
+    assert reading
+    with pytest.raises(error):
+        passes.throw(error())
+    assert reading == []
+    time.sleep(0.1)
+    assert reading == []  # and none begins
 
 
 @pytest.mark.parametrize(("largest", "tolerance"), [(20, 1e-5), (95, 2e-5)])

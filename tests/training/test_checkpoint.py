@@ -5,6 +5,7 @@ import errno
 import functools
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from sklearn_sparseattn import DynamicK, SparseAttnClassifier
 from sklearn_sparseattn import files as files_module
 from sklearn_sparseattn.files import hold, remove_whole, write_whole
 from sklearn_sparseattn.training import checkpoint as checkpoint_module
-from sklearn_sparseattn.training.described import describe, digest_of_sources
+from sklearn_sparseattn.training.described import describe
 
 SIDE = 8
 Y = np.arange(36) % 3
@@ -669,8 +671,36 @@ def test_what_cannot_be_described_is_refused_by_name(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_code_of_the_package_is_part_of_the_name(monkeypatch):
-    name = checkpoint_module.fingerprint({}, np.arange(2), [None])
-    assert len(digest_of_sources()) == 32
-    monkeypatch.setattr(checkpoint_module, "_MADE_BY", (2, "other", torch.__version__))
-    assert checkpoint_module.fingerprint({}, np.arange(2), [None]) != name
+NAME_OF_A_FIT = """
+import numpy as np
+from sklearn_sparseattn.training.checkpoint import __file__, fingerprint
+print(__file__, fingerprint({}, np.arange(2), [None]))
+"""
+
+
+def test_the_code_of_the_package_is_part_of_the_name(tmp_path):
+    """Of a copy of the package, in which a digit is changed, or a file is added."""
+    package = Path(checkpoint_module.__file__).parents[1]
+    copied = tmp_path / package.name
+    shutil.copytree(package, copied, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def name_of_a_fit():
+        command = [sys.executable, "-c", NAME_OF_A_FIT]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        file, name = run.stdout.split()
+        assert Path(file) == copied / "training" / "checkpoint.py"
+        return name
+
+    names = [name_of_a_fit()]
+    assert names == [checkpoint_module.fingerprint({}, np.arange(2), [None])]
+    file = copied / "training" / "losses.py"
+    content = file.read_text(encoding="utf-8")
+    changed = content.replace("1e-6", "1e-7", 1)
+    assert len(changed) == len(content)
+    assert changed != content
+    file.write_text(changed, encoding="utf-8")
+    names.append(name_of_a_fit())
+    file.write_text(content, encoding="utf-8")
+    file.with_name("_another.py").touch()
+    names.append(name_of_a_fit())
+    assert len(set(names)) == 3
