@@ -29,7 +29,8 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from sklearn_sparseattn import SparseAttnClassifier
 from sklearn_sparseattn.data_range import learn_data_range
 from sklearn_sparseattn.images import ImageRows, PixelScale
-from sklearn_sparseattn.training.batches import Batches, LabelledImages, count_batches, dihedral
+from sklearn_sparseattn.training.augmentation import dihedral
+from sklearn_sparseattn.training.batches import Batches, LabelledImages, count_batches
 from sklearn_sparseattn.training.fit import _SHRINKAGE
 from sklearn_sparseattn.training.setup import background_level
 

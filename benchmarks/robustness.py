@@ -28,7 +28,7 @@ from skimage.color import hed_from_rgb, rgb_from_hed
 from sklearn.metrics import recall_score
 from threadpoolctl import threadpool_limits
 
-from sklearn_sparseattn.training.batches import dihedral
+from sklearn_sparseattn.training.augmentation import dihedral
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "robustness.json", HERE / "README.md"

@@ -18,7 +18,8 @@ from .images import PixelScale, validate_images
 from .inference import resolve_device
 from .network import SparseAttnNet
 from .parameters import CONSTRAINTS, PUBLISHED, check_together, needs_validation
-from .training.batches import Batches, LabelledImages, dihedral
+from .training.augmentation import resolve_augment
+from .training.batches import Batches, LabelledImages
 from .training.checkpoint import Checkpoint, fingerprint
 from .training.counts import resolve_bounds
 from .training.dynamic_k import K_MAX, K_MIN, TOLERANCE, DynamicK
@@ -80,10 +81,13 @@ class SparseAttnClassifier(FittedNetwork):
         Passes over the training rows.
     batch_size : int, default=32
         Greatest number of rows in a batch; batches are of nearly equal size, and of two rows at least.
-    augment : "dihedral", callable or None, default=None
-        "dihedral" flips training images and turns them by quarters (if H != W, by halves) at random. A
-        callable is given ``(images, rng)``, float32 (B, C, H, W) scaled to about [0, 1] and a NumPy
-        Generator, and returns an array of the same shape.
+    augment : str, callable, list of these, or None, default=None
+        What is done to training images at random. "dihedral" flips and turns them by quarters (if H != W, by
+        halves). "light" changes gain, offset and gamma, blurs and adds noise. "stain", for stained cells in
+        RGB, turns, changes optical densities, light and scale, and blurs. Parts of these: "brightness",
+        "noise", "blur", "zoom", "density". A callable is given ``(images, rng)``, float32 (B, C, H, W)
+        scaled to about [0, 1] and a NumPy Generator, and returns an array of the same shape. A list is
+        applied in its order.
     image_shape : (H, W) or (H, W, C), default=None
         Form if X is 2-D. None: square images if the number of features is a square, else images of one row.
     data_range : (lo, hi), default=None
@@ -304,7 +308,7 @@ class SparseAttnClassifier(FittedNetwork):
             self.data_range_, self.spanned_range_ = learn_data_range(images, self.data_range)
         else:
             warn_of_clipped(images, self.data_range_)
-        self._check_bounds()
+        self._check_with_shape()
         target = self._encode(y)
         scale = PixelScale(self.data_range_)
         held_out = self._held_out_rows(X_val, y_val, scale)
@@ -381,7 +385,7 @@ class SparseAttnClassifier(FittedNetwork):
             raise ValueError(f"classes={classes!r} differ from those of the first call, {self.classes_}.")
         else:
             warn_of_clipped(images, self.data_range_)
-        self._check_bounds()
+        self._check_with_shape()
         training = label_images(images, self._encode(y), weight, PixelScale(self.data_range_))
 
         state = getattr(self, "_resume", None)
@@ -403,8 +407,9 @@ class SparseAttnClassifier(FittedNetwork):
         of_the_rule = (given_rule(self.callbacks) or DynamicK()).own_parameters()
         check_together(self.get_params(deep=False), defaults, of_the_rule, in_parts=in_parts)
 
-    def _check_bounds(self) -> None:
-        """Bounds of k that cannot be: an error before any work is lost."""
+    def _check_with_shape(self) -> None:
+        """Bounds of k, or augmentations, that cannot be: an error before any work is lost."""
+        resolve_augment(self.augment, self.image_shape_)
         rule = given_rule(self.callbacks) or DynamicK()
         k_min = self.k_min if rule.k_min is None else rule.k_min
         k_max = self.k_max if rule.k_max is None else rule.k_max
@@ -456,7 +461,7 @@ class SparseAttnClassifier(FittedNetwork):
             settings,
             k_defaults=k_defaults(self.get_params(deep=False), network, self.image_shape_),
             class_weight=class_weights(self.class_weight, self.classes_, training),
-            augment=dihedral if self.augment == "dihedral" else self.augment,
+            augment=resolve_augment(self.augment, self.image_shape_),
             rng=rng,
             device=device,
             **going_on,

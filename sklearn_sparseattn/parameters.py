@@ -142,7 +142,7 @@ CONSTRAINTS: dict = {
     "lr_schedule": [StrOptions({"onecycle", "plateau"}), None],
     "max_epochs": _POSITIVE_INTEGER,
     "batch_size": _POSITIVE_INTEGER,
-    "augment": [StrOptions({"dihedral"}), callable, None],
+    "augment": [str, callable, list, tuple, None],
     "image_shape": [tuple, list, None],
     "data_range": [tuple, list, None],
     "validation_fraction": [Range(Real, 0, 1, closed="neither")],
@@ -213,7 +213,7 @@ def check_together(
         If one is refused.
     """
     consistency_weight, class_weight = params["consistency_weight"], params["class_weight"]
-    if consistency_weight and params["augment"] is None:
+    if consistency_weight and params["augment"] in (None, [], ()):
         raise ValueError(f"consistency_weight={consistency_weight!r} needs augment, as 'dihedral'.")
     if in_parts and isinstance(class_weight, str):
         raise ValueError(

@@ -4,7 +4,7 @@ Nothing is copied but the batch at hand, and every random number comes from the 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,8 @@ from skorch.dataset import Dataset
 from torch import Tensor
 
 from ..images import ImageRows, PixelScale, call_given
+from .augmentation import Augmentation
 
-Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 Batch = tuple[Tensor, tuple[Tensor, Tensor]]
 
 
@@ -175,34 +175,3 @@ def count_batches(n_rows: int, batch_size: int) -> int:
         At least 1.
     """
     return max(1, min(math.ceil(n_rows / batch_size), n_rows // 2))
-
-
-def dihedral(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Flip and turn each image at random: 8 ways if it is square, otherwise the 4 that keep its shape.
-
-    Parameters
-    ----------
-    images : ndarray of shape (B, C, H, W)
-        The images.
-    rng : numpy.random.Generator
-        Source of the choices.
-
-    Returns
-    -------
-    ndarray of shape (B, C, H, W)
-        A new array.
-    """
-    square = images.shape[2] == images.shape[3]
-    choice = rng.integers(8 if square else 4, size=len(images))
-    result = np.empty_like(images)
-    for way in np.unique(choice):
-        chosen = choice == way
-        turned = images[chosen]
-        if way & 1:
-            turned = turned[:, :, ::-1]
-        if way & 2:
-            turned = turned[:, :, :, ::-1]
-        if way & 4:
-            turned = turned.swapaxes(2, 3)
-        result[chosen] = turned
-    return result

@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils._pytree import tree_map
 
 from ..network import SparseAttnNet
-from .batches import Augmentation, Batches, LabelledImages, count_batches
+from .augmentation import Augmentation
+from .batches import Batches, LabelledImages, count_batches
 from .checkpoint import Checkpoint, LastEpoch
 from .dynamic_k import DynamicK
 from .monitors import refuse_without_validation

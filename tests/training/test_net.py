@@ -16,7 +16,8 @@ from sklearn_sparseattn import SparseAttnClassifier
 from sklearn_sparseattn.images import ImageRows, PixelScale
 from sklearn_sparseattn.network import SparseAttnNet, strides_for
 from sklearn_sparseattn.training import consistency_loss, contrastive_loss, distillation_loss, focal_loss
-from sklearn_sparseattn.training.batches import Batches, LabelledImages, dihedral
+from sklearn_sparseattn.training.augmentation import dihedral
+from sklearn_sparseattn.training.batches import Batches, LabelledImages
 from sklearn_sparseattn.training.net import (
     LOSS_TERMS,
     LearningRate,
