@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from .images import CLIP, ImageRows, chunk_slices
+from .images import CLIP, ImageRows, chunk_slices, is_lazy
 
 Range = tuple[float, float]
 
@@ -175,7 +175,7 @@ def warn_of_other_range(images: ImageRows, spanned: Range, name: str = "X", *, s
     Parameters
     ----------
     images : ImageRows
-        The images to be classified.
+        The images to be classified; of a container that is read lazily, the first thousand count.
     spanned : tuple of (lo, hi)
         What the training images spanned.
     name : str, default="X"
@@ -189,6 +189,8 @@ def warn_of_other_range(images: ImageRows, spanned: Range, name: str = "X", *, s
         If the range of values is below 1 % or above 10 times that of the fit, outliers left out. Images that
         are constant throughout tell nothing and pass.
     """
+    if is_lazy(images.data):  # to read all of it twice would take long
+        images = images.take(np.arange(min(len(images), _ENOUGH)))
     if not len(images):
         return
     chunks = (images.read(rows) for rows in chunk_slices(len(images), images.image_shape))

@@ -8,12 +8,13 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
-from sklearn.utils.validation import validate_data
+from sklearn.utils.validation import assert_all_finite, check_consistent_length, column_or_1d, validate_data
 
 from .image_forms import ImageShape as ImageShape
 from .image_forms import check_shape, new_shape, stacked
@@ -78,10 +79,47 @@ class ImageRows:
         images : ndarray of shape (b, H, W, C)
             Possibly a view of the user's memory: not to be written.
         """
-        chunk = self.data[rows if self.rows is None else self.rows[rows]]
+        rows = rows if self.rows is None else self.rows[rows]
+        chunk: Any = _read_lazily(self.data, rows) if is_lazy(self.data) else self.data[rows]
         if sparse.issparse(chunk):
             chunk = chunk.toarray()
         return np.asarray(chunk).reshape(-1, *self.image_shape)
+
+
+def is_lazy(X: Any) -> bool:
+    """Tell whether X is an array that lies elsewhere, of which rows are read by slices: of h5py, zarr, dask.
+
+    Parameters
+    ----------
+    X : object
+        As the user has it.
+
+    Returns
+    -------
+    bool
+        If it has a shape, a NumPy dtype and items, and is no container that scikit-learn takes as it is.
+    """
+    if isinstance(X, np.ndarray) or sparse.issparse(X) or hasattr(X, "iloc"):
+        return False
+    kind = type(X)
+    return (
+        hasattr(kind, "__getitem__")
+        and isinstance(getattr(X, "dtype", None), np.dtype)
+        and isinstance(getattr(X, "shape", None), tuple)
+        and all(isinstance(n, Integral) for n in X.shape)
+    )
+
+
+def _read_lazily(data: Any, rows: "slice | npt.NDArray[np.intp]") -> np.ndarray:
+    """Rows in any order, by a slice or by rising indices: some containers take no others."""
+    if isinstance(rows, slice):
+        return np.asarray(data[rows])
+    if not len(rows):
+        return np.asarray(data[:0])
+    once, places = np.unique(rows, return_inverse=True)
+    is_block = once[-1] - once[0] == len(once) - 1
+    found = np.asarray(data[int(once[0]) : int(once[-1]) + 1] if is_block else data[once])
+    return found[places]
 
 
 class PixelScale:
@@ -249,26 +287,19 @@ def validate_images(
     ValueError
         If X is no set of images of one size, holds NaN or infinity, or differs from the fit.
     """
+    if not reset:
+        _check_no_single_image(X, estimator.image_shape_)
     is_plain = type(X) is np.ndarray and X.dtype == np.uint8 and X.ndim > 1 and X.size > 0
     is_alone = isinstance(y, str) and y == "no_validation"
     if is_plain and is_alone and not (reset or hasattr(estimator, "feature_names_in_")):
         check_shape(X.shape, estimator.image_shape_, type(estimator).__name__)  # nothing else is to refuse
         return ImageRows(X, estimator.image_shape_), y
-    X = stacked(X)
-    if isinstance(X, list | tuple):
-        with contextlib.suppress(ValueError):  # ragged: scikit-learn's to say
-            X = np.asarray(X)  # of objects, scikit-learn turns an array into numbers, but not a list
-    forms: dict[str, Any] = {"accept_sparse": "csr", "ensure_2d": False, "allow_nd": True}
-    try:
-        with np.errstate(invalid="ignore"):  # its sum of infinities of both signs, which it refuses in words
-            checked = validate_data(estimator, X, y, reset=reset, **forms)
-    except OverflowError as error:
-        raise ValueError(f"X or y has numbers beyond all floats: {error}.") from error
-    data, y = checked if isinstance(checked, tuple) else (checked, y)
+    if is_lazy(X):
+        data, y = X, _validate_lazily(estimator, X, y, reset=reset)
+    else:
+        data, y = _validate_in_memory(estimator, X, y, reset=reset)
     if data.dtype.kind not in "biuf":
         raise ValueError(f"X has values of dtype {data.dtype}, which are no numbers.")
-    if data.dtype.kind == "f" and data.dtype.itemsize > 8 and data.size and np.abs(data).max() > _MOST:
-        raise ValueError(f"X has numbers beyond all floats, {_MOST:.3g}.")
     if data.ndim < 2:
         raise ValueError(
             f"Expected 2D, 3D or 4D array, got {data.ndim}D array instead. Reshape your data using "
@@ -281,3 +312,48 @@ def validate_images(
     else:
         check_shape(data.shape, estimator.image_shape_, type(estimator).__name__)
     return ImageRows(data, estimator.image_shape_), y
+
+
+def _check_no_single_image(X: Any, expected: ImageShape) -> None:
+    shape = getattr(X, "shape", None)
+    if not isinstance(shape, tuple) or 1 in shape:
+        return
+    if shape == expected or (expected[2] == 1 and shape == expected[:2]):
+        raise ValueError(f"X of shape {shape} is a single image: pass X[None], a batch of one.")
+
+
+def _validate_lazily(estimator: Any, X: Any, y: Any, *, reset: bool) -> Any:
+    """Check X, which is not copied, and y; gives y."""
+    if reset and hasattr(estimator, "feature_names_in_"):
+        del estimator.feature_names_in_
+    if X.shape and not X.shape[0]:
+        raise ValueError(f"Found array with 0 sample(s) (shape={X.shape}) while a minimum of 1 is required.")
+    if X.dtype.kind == "f" and X.ndim > 1:
+        for rows in chunk_slices(X.shape[0], (math.prod(X.shape[1:]), 1, 1)):
+            assert_all_finite(np.asarray(X[rows]), input_name="X")
+    if isinstance(y, str) and y == "no_validation":
+        return y
+    if y is None:
+        raise ValueError(f"{type(estimator).__name__} requires y to be passed, but the target y is None.")
+    y = column_or_1d(y, warn=True)
+    assert_all_finite(y, input_name="y")
+    check_consistent_length(X, y)
+    return y
+
+
+def _validate_in_memory(estimator: Any, X: Any, y: Any, *, reset: bool) -> tuple[Any, Any]:
+    """Check X and y as scikit-learn does."""
+    X = stacked(X)
+    if isinstance(X, list | tuple):
+        with contextlib.suppress(ValueError):  # ragged: scikit-learn's to say
+            X = np.asarray(X)  # of objects, scikit-learn turns an array into numbers, but not a list
+    forms: dict[str, Any] = {"accept_sparse": "csr", "ensure_2d": False, "allow_nd": True}
+    try:
+        with np.errstate(invalid="ignore"):  # its sum of infinities of both signs, which it refuses in words
+            checked = validate_data(estimator, X, y, reset=reset, **forms)
+    except OverflowError as error:
+        raise ValueError(f"X or y has numbers beyond all floats: {error}.") from error
+    data, y = checked if isinstance(checked, tuple) else (checked, y)
+    if data.dtype.kind == "f" and data.dtype.itemsize > 8 and data.size and np.abs(data).max() > _MOST:
+        raise ValueError(f"X has numbers beyond all floats, {_MOST:.3g}.")
+    return data, y

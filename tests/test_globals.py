@@ -54,6 +54,7 @@ CALLS = {
     "partial_fit": lambda clf, folder: new().partial_fit(X, Y, classes=[0, 1, 2]).predict_proba(X),
     "predict": lambda clf, folder: clf.predict(X),
     "predict_proba": lambda clf, folder: clf.predict_proba(X),
+    "predict_log_proba": lambda clf, folder: clf.predict_log_proba(X),
     "transform": lambda clf, folder: clf.transform(X),
     "attention_maps": lambda clf, folder: clf.attention_maps(X).fine,
     "evidence_maps": lambda clf, folder: clf.evidence_maps(X[:3]),

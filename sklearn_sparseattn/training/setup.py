@@ -3,7 +3,7 @@
 Each function reads the estimator's parameters by name and leaves everything else alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from numbers import Real
 from typing import Any
 
@@ -202,6 +202,8 @@ def unique_labels(labels: Any, name: str) -> np.ndarray:
     ValueError
         If they are none.
     """
+    if isinstance(labels, Set):
+        labels = [*labels]
     if np.asarray(labels).dtype.kind == "V":  # NumPy's records have an order, but no hash
         raise ValueError(f"{name} has labels of several parts: each must be one number or text.")
     try:
