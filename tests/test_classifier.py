@@ -71,7 +71,7 @@ def test_fitted_attributes(fitted):
     assert fitted.image_shape_ == (SIDE, SIDE, 1)
     assert fitted.data_range_ == (0.0, 255.0)
     assert fitted.n_iter_ == 25
-    assert fitted.k_ == fitted.network_.n_chosen(SIDE * SIDE)  # tiles of one pixel in images so small
+    assert fitted.k_ == fitted.network_.n_chosen(SIDE, SIDE)  # tiles of one pixel in images so small
     assert list(fitted.history_) == [
         *("epoch", "train_loss", "focal_loss", "contrastive_loss", "distillation_loss", "consistency_loss"),
         *("k", "loss_at_half_k", "loss_at_k", "lr", "duration"),
@@ -108,6 +108,27 @@ def test_more_tolerance_gives_no_more_pixels():
     lenient, strict = (quick(max_epochs=12, k_tolerance=tolerance).fit(X, Y) for tolerance in (1e6, 0))
     assert np.all(np.diff(lenient.history_["k"]) < 0)
     assert lenient.k_ < strict.k_
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (2, 64), (63, 3), (3, 40, 2)])
+def test_k_counts_the_pixels_of_images_that_are_lower_than_a_tile(shape):
+    """A tile of four pixels a side has four in an image of one row: half the pixels are half the tiles."""
+    images, y = np.random.default_rng(0).integers(0, 256, (30, *shape), dtype=np.uint8), np.arange(30) % 3
+    n_pixels, n_tiles = shape[0] * shape[1], -(-max(shape[:2]) // 4)
+    area = 4 * min(shape[:2])
+    clf = quick(max_epochs=1, k_init=n_pixels // 2).fit(images, y)
+    assert clf.network_.tile == 4
+    assert clf.k_ == int(n_pixels // 2 / area + 0.5) * area
+    assert quick(max_epochs=1, k_init=1).fit(images, y).k_ == area
+    assert quick(max_epochs=1, k_init=n_pixels).fit(images, y).k_ == n_pixels
+    by_pytorch = copy.copy(clf)
+    by_pytorch._engine = None
+    for share in (0.25, 0.5, 0.75):
+        n = int(share * n_pixels / area + 0.5)
+        for one in (clf, by_pytorch):
+            one.set_params(predict_k=round(share * n_pixels))
+            assert one.attention_maps(images).tiles.shape == (30, n)
+            assert 1 < n < n_tiles
 
 
 @pytest.mark.parametrize(("side", "tile"), [(12, 1), (20, 2), (33, 4)])

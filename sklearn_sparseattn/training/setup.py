@@ -149,8 +149,10 @@ def k_defaults(params: Mapping[str, Any], network: SparseAttnNet, image_shape: I
     """
     height, width, _ = image_shape
     k_min = capped(params["k_min"], height * width)
+    if is_int(k_min):
+        k_min = max(k_min, network.tile_area(height, width))  # no k is below a tile
     return {
-        "k_min": max(k_min, network.tile**2) if is_int(k_min) else k_min,  # a tile at least: no k is below
+        "k_min": k_min,
         "k_max": capped(params["k_max"], height * width),
         "tolerance": params["k_tolerance"],
         "n_pixels": network.area_of(height, width),
