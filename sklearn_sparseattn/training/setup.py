@@ -202,9 +202,14 @@ def unique_labels(labels: Any, name: str) -> np.ndarray:
     Raises
     ------
     ValueError
-        If they are none.
+        If they are none, bytes, of several parts, or cannot be put in order.
     """
-    if np.asarray(labels).dtype.kind == "V":  # NumPy's records have an order, but no hash
+    dtype = np.asarray(labels).dtype
+    if dtype.kind == "S":  # which of scikit-learn's releases warns and which refuses would be theirs to say
+        raise ValueError(
+            f"{name} has labels of dtype {dtype}: bytes are not supported, give text: astype(str)."
+        )
+    if dtype.kind == "V":  # NumPy's records have an order, but no hash
         raise ValueError(f"{name} has labels of several parts: each must be one number or text.")
     try:
         with np.errstate(invalid="ignore"):  # whole floats beyond all integers
