@@ -19,7 +19,7 @@ from sklearn import config_context
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
-from sklearn.ensemble import VotingClassifier
+from sklearn.ensemble import StackingClassifier, VotingClassifier
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -926,7 +926,7 @@ def test_cross_val_score_of_images():
     assert cross_val_score(quick(max_epochs=20), X, Y, cv=3, error_score="raise").mean() > 0.8
 
 
-def test_pipeline_calibration_and_voting():
+def test_pipeline_calibration_voting_and_stacking():
     flat = X.reshape(len(X), -1)
     pipeline = make_pipeline(FunctionTransformer(np.log1p), quick(max_epochs=15))
     assert pipeline.fit(flat, Y).score(flat, Y) > 0.8
@@ -934,6 +934,9 @@ def test_pipeline_calibration_and_voting():
     np.testing.assert_allclose(calibrated.predict_proba(flat).sum(axis=1), 1)
     members = [("sparse", quick(max_epochs=15)), ("linear", LogisticRegression(max_iter=2000))]
     assert VotingClassifier(members, voting="soft").fit(flat, Y).score(flat, Y) > 0.8
+    stacked = StackingClassifier(members, LogisticRegression(), cv=2).fit(flat, Y)
+    assert stacked.transform(flat).shape == (90, 3 * len(members))
+    assert stacked.score(flat, Y) > 0.8
     features = make_pipeline(quick(max_epochs=15), LogisticRegression(max_iter=5000))
     assert features.fit(X, Y).score(X, Y) > 0.8
 
