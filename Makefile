@@ -13,6 +13,8 @@ JOBS ?= 2
 # Not at their lowest in test-oldest. Of torch, PyPI has old releases only with CUDA, of several GB; where its CPU
 # index can be reached:  make test-oldest NOT_OLDEST=none PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 NOT_OLDEST ?= torch
+# What those of their time brought along: matplotlib 3.8 calls names that pyparsing 3.3 warns of.
+OF_THEIR_TIME := pyparsing<3.3
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -50,6 +52,7 @@ $(OLDEST)/.installed: $(SOURCES) Makefile
 	@grep -oE '^[^#]*"[a-z0-9-]+>=[^"]+"' pyproject.toml | grep -oE '[a-z0-9-]+>=[^"]+' | sed 's/>=/==/' \
 	  | grep -vE '^(mypy|ruff|setuptools|$(NOT_OLDEST))==' | sort -u >"$(OLDEST)/lowest.txt"
 	@grep -vE "^($$(sed 's/==.*//' "$(OLDEST)/lowest.txt" | paste -sd '|' -))==" constraints.txt >"$(OLDEST)/rest.txt"
+	@printf '%s\n' '$(OF_THEIR_TIME)' >>"$(OLDEST)/rest.txt"
 	"$(OLDEST)/bin/python" -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
 	  -c "$(OLDEST)/lowest.txt" -c "$(OLDEST)/rest.txt" -e '.[dev]'
 	@touch $@

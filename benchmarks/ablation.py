@@ -65,7 +65,7 @@ class Withheld(SparseAttnNet):
         """As that of SparseAttnNet, but for these."""
         scores, z_coarse, maps = self.coarse.look(images)
         tiles = self.choose(images, scores)
-        kept = self.kept(tiles, scores[0].numel())
+        kept = self.kept(tiles, *images.shape[2:])
         tokens = self.tile_tokens(scores, maps, tiles, kept)
         z_fine, attention, contribution = self.fine.attend(tokens, self.tokens.out, kept)
         parts = {"pooled": self.fine_norm(z_fine), "maximum": tokens.amax(1), "coarse": z_coarse}
@@ -107,7 +107,7 @@ class RandomTiles(Open):
     def choose(self, images, scores):
         """Tiles in random order."""
         flat = scores.flatten(1)
-        return torch.rand_like(flat).argsort(1)[:, : self.n_chosen(flat.shape[1])]
+        return torch.rand_like(flat).argsort(1)[:, : self.n_chosen(*images.shape[2:])]
 
 
 def with_layers(n_layers, network):

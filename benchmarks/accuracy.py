@@ -101,8 +101,7 @@ def is_at_bound(estimator):
     """Whether as many tiles are chosen as one of the estimator's bounds on k would choose."""
     network, (height, width, _) = estimator.network_, estimator.image_shape_
     bounds = resolve_bounds(estimator.k_min, estimator.k_max, network.area_of(height, width))
-    n_tiles = int(np.prod(network.grid_of(height, width)))
-    return network.n_chosen(n_tiles) in [network.n_chosen(n_tiles, bound) for bound in bounds]
+    return network.n_chosen(height, width) in [network.n_chosen(height, width, bound) for bound in bounds]
 
 
 def at_other_k(estimator, X, target):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from peers import with_channels
+from scipy.integrate import trapezoid
 from scipy.ndimage import gaussian_filter
 from torch import nn
 from torch.nn import functional as F
@@ -91,7 +92,7 @@ def curves(predict_proba, images, labels, orders, *, insert, shares=SHARES):
 
 def area(curve, shares=SHARES):
     """Area under each curve, by trapezoids."""
-    return np.trapezoid(curve, shares, axis=-1)
+    return trapezoid(curve, shares, axis=-1)
 
 
 # ---- maps that need no model, or any ----

@@ -94,7 +94,7 @@ def n_chosen_tiles(clf):
     """Tiles of an image that go on, as `predict_k` is now."""
     height, width, _ = clf.image_shape_
     k = None if clf.predict_k is None else to_pixels(clf.predict_k, clf.network_.area_of(height, width))
-    return clf.network_.n_chosen(int(np.prod(clf.network_.grid_of(height, width))), k)
+    return clf.network_.n_chosen(height, width, k)
 
 
 def multiply_adds(clf):

@@ -111,7 +111,7 @@ def export_onnx(
     if k is not None:
         check_predict_k(k)
         k = to_pixels(capped(k, shape[0] * shape[1]), network.area_of(*shape[:2]))
-    n_chosen = network.n_chosen(math.prod(network.grid_of(*shape[:2])), k)
+    n_chosen = network.n_chosen(*shape[:2], k)
     graph = _Graph(onnx)
     images = _scaled(graph, shape, data_range)
     probabilities = _probabilities(graph, network.double().eval(), images, shape, n_chosen)

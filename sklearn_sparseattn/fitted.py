@@ -5,7 +5,6 @@ Nothing is fitted here. `SparseAttnClassifier` adds the parameters and the fit.
 
 import copy
 import functools
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -421,8 +420,7 @@ class FittedNetwork(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transforme
         return to_pixels(capped(self.predict_k, height * width), self.network_.area_of(height, width))
 
     def _n_chosen_tiles(self) -> int:
-        n_tiles = math.prod(self.network_.grid_of(*self.image_shape_[:2]))
-        return self.network_.n_chosen(n_tiles, self._predicting_k())
+        return self.network_.n_chosen(*self.image_shape_[:2], self._predicting_k())
 
     def _make_ready(self) -> None:
         """Prepare the network to be run; what happens to its weights later does not count."""

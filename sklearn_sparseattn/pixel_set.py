@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 from skimage.filters import sobel
+from sklearn import get_config
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils import _safe_indexing, check_array
@@ -20,6 +21,8 @@ from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
 from .images import ImageRows, ImageShape, call_given, chunk_slices, validate_images
 from .parameters import Range
+
+_NO_FRAME = "layout='set' is 3-D: it has no column names and is no DataFrame. Use 'flat'."
 
 # Some rows, the pixels chosen of each (b, k), row-major, and what they hold (b, k, C).
 Chosen = tuple[slice, np.ndarray, np.ndarray]
@@ -286,6 +289,10 @@ class PixelSetTransformer(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self, "k_")
         self._validate_params()  # layout and order may be changed after the fit
+        if (
+            self.layout == "set" and self._gives_frames()
+        ):  # not all of scikit-learn's releases ask for the names
+            raise ValueError(_NO_FRAME)
         images, _ = validate_images(self, X, reset=False)
         if self.layout == "sparse":
             return _sparse_images(self._choose(images, X), self.image_shape_, type(images.data))
@@ -346,9 +353,14 @@ class PixelSetTransformer(TransformerMixin, BaseEstimator):
         if self.layout == "sparse":
             return names
         if self.layout == "set":
-            raise ValueError("layout='set' is 3-D: it has no column names and is no DataFrame. Use 'flat'.")
+            raise ValueError(_NO_FRAME)
         parts = ["x", "y", *(f"v{c}" for c in range(self.image_shape_[2]))]
         return np.array([f"pixel{i}_{part}" for i in range(self.k_) for part in parts], dtype=object)
+
+    def _gives_frames(self) -> bool:
+        """Whether `set_output` or scikit-learn's configuration wants a data frame."""
+        own = getattr(self, "_sklearn_output_config", {})
+        return own.get("transform", get_config()["transform_output"]) != "default"
 
     def _fit_score(self, score: Any, images: ImageRows, y: Any) -> Any:
         """Classifier whose coarse attention is the score, fitted to images of this form; else None."""

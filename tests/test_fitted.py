@@ -126,7 +126,7 @@ def test_k_counts_tiles_alike_in_the_engine_and_in_the_network(clf):
     for k, n_tiles in [(1, 1), (23, 1), (24, 2), (25, 2), (1000, 63), (1016, 64), (1024, 64), (10**6, 64)]:
         chosen = copy.copy(clf).set_params(predict_k=k).attention_maps(CELLS.images[:3]).tiles
         assert chosen.shape == (3, n_tiles)
-        assert clf.network_.n_chosen(64, k) == n_tiles
+        assert clf.network_.n_chosen(32, 32, k) == n_tiles
 
 
 FIRST_PREDICT = """

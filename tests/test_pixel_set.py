@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
 from skimage.filters import sobel
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
@@ -80,7 +81,8 @@ def image_sets(draw):
     dtype = np.dtype(draw(st.sampled_from(DTYPES)))
     shape = draw(st.tuples(*[st.integers(1, 4)] + 2 * [st.integers(1, 7)] + [st.integers(1, 4)]))
     if dtype.kind == "f":
-        elements = st.sampled_from([-3.5, -1.0, -0.0, 0.0, 0.1, 1.0, 2.25, 1e-30, 1e30])
+        values = np.array([-3.5, -1.0, -0.0, 0.0, 0.1, 1.0, 2.25, 1e-30, 1e30], dtype)
+        elements = st.sampled_from(values.tolist())
     elif dtype.kind == "b":
         elements = st.booleans()
     else:
@@ -450,9 +452,14 @@ def test_feature_names():
 
 @pytest.mark.parametrize(("layout", "message"), [("set", "layout='set' is 3-D"), ("sparse", "sparse matrix")])
 def test_layouts_that_are_no_data_frame(layout, message):
-    pixels = PixelSetTransformer(layout=layout).set_output(transform="pandas")
-    with pytest.raises(ValueError, match=message):
+    pixels = PixelSetTransformer(layout=layout)
+    assert pixels.fit_transform(X_CELLS).shape[0] == 16
+    with config_context(transform_output="pandas"), pytest.raises(ValueError, match=message):
         pixels.fit_transform(X_CELLS)
+    with pytest.raises(ValueError, match=message):
+        pixels.set_output(transform="pandas").fit_transform(X_CELLS)
+    with config_context(transform_output="pandas"):
+        assert pixels.set_output(transform="default").fit_transform(X_CELLS).shape[0] == 16
 
 
 # ---- among scikit-learn's tools ----

@@ -95,6 +95,9 @@ def foreign(tmp_path_factory):
 @pytest.fixture
 def page(browser, request):
     """Open the report that the test names; afterwards nothing may be in the console, or be asked for."""
+    browser.get(
+        "about:blank"
+    )  # else the page that the browser opens with may still ask for things of its own
     browser.get_log("performance"), browser.get_log("browser")
     file = request.getfixturevalue(request.param)
     browser.get((file[0] if isinstance(file, tuple) else file).as_uri())

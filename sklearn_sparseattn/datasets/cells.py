@@ -127,8 +127,8 @@ def make_cells(
     ((20, 32, 32), dtype('float32'))
     >>> print(*cells.target_names)
     lymphocyte monocyte neutrophil
-    >>> make_cells([30, 10], n_classes=2, image_size=16, random_state=0).target.sum()
-    np.int64(10)
+    >>> int(make_cells([30, 10], n_classes=2, image_size=16, random_state=0).target.sum())
+    10
     """
     if modality not in _RENDERERS:
         raise ValueError(f"modality must be one of {sorted(_RENDERERS)}, got {modality!r}.")

@@ -109,8 +109,8 @@ def make_fields(
     ((6, 64, 64), dtype('uint8'))
     >>> print(*fields.target_names)
     ring pair crescent
-    >>> (fields.masks == 2).any(axis=(1, 2)).all()
-    np.True_
+    >>> bool((fields.masks == 2).any(axis=(1, 2)).all())
+    True
     """
     check_scalar(n_classes, "n_classes", Integral, min_val=2, max_val=len(BODIES))
     shape = check_image_size(image_size)

@@ -5,6 +5,7 @@ Where there is no compiled code, or the network is not the plain one of this pac
 """
 
 import ctypes
+import functools
 import math
 import threading
 from typing import Any
@@ -54,7 +55,7 @@ class Engine:
         self._kept: list[np.ndarray] = []  # alive as long as the plan that points to them
         self._scale = scale
         self._image_shape = image_shape
-        self._count_tiles = network.n_chosen
+        self._count_tiles = functools.partial(network.n_chosen, *image_shape[:2])
         self._n_tiles = math.prod(network.grid_of(*image_shape[:2]))
         self._k = float(network.k)
         self.seconds = np.zeros(len(PARTS))
@@ -128,7 +129,7 @@ class Engine:
         """
         if images.shape[1:] != self._image_shape:
             raise ValueError(f"images of shape {images.shape[1:]}, not {self._image_shape}, cannot be run.")
-        plan, b, n = self._plan, len(images), self._count_tiles(self._n_tiles, self._k if k is None else k)
+        plan, b, n = self._plan, len(images), self._count_tiles(self._k if k is None else k)
         found: dict[str, np.ndarray] = {
             "failed": np.zeros(b, dtype=np.bool_),
             "logits": np.empty((b, plan.n_classes), dtype=np.float32),

@@ -191,7 +191,7 @@ class SparseAttnNet(nn.Module):
         """
         scores, z_coarse, maps = self.coarse.look(images)
         tiles = self.choose(images, scores)
-        kept = self.kept(tiles, scores.shape[1:].numel())
+        kept = self.kept(tiles, *images.shape[2:])
         if self.embedding is not None:
             hidden = self.embedding.hidden(pixel_tokens(images, tiles))
             z_fine, attention, contribution = self.fine.attend(hidden, self.embedding.out, kept)
@@ -210,7 +210,7 @@ class SparseAttnNet(nn.Module):
         Parameters
         ----------
         images : Tensor of shape (B, C, H, W)
-            Not looked at: for controls that choose otherwise.
+            Of which only the size counts, but for controls that choose otherwise.
         scores : Tensor of shape (B, rows, columns)
             Coarse attention before the sigmoid.
 
@@ -219,17 +219,17 @@ class SparseAttnNet(nn.Module):
         tiles : Tensor of shape (B, n), int64
             Those of the highest scores, best first.
         """
-        return select_pixels(scores, self.n_chosen(scores.shape[1:].numel()))
+        return select_pixels(scores, self.n_chosen(*images.shape[2:]))
 
-    def kept(self, tiles: Tensor, n_tiles: int) -> Tensor | None:
+    def kept(self, tiles: Tensor, height: int, width: int) -> Tensor | None:
         """Tell which tiles count, where each image has its own k.
 
         Parameters
         ----------
         tiles : Tensor of shape (B, n), int64
             Those chosen, as many as the image with the most has.
-        n_tiles : int
-            Tiles of an image in all.
+        height, width : int
+            Of the images, in pixels.
 
         Returns
         -------
@@ -238,7 +238,8 @@ class SparseAttnNet(nn.Module):
         """
         if self.k_by_image is None:
             return None
-        n = (self.k_by_image.to(tiles.device) / self.tile**2 + 0.5).floor().clamp(1, n_tiles)
+        n = (self.k_by_image.to(tiles.device) / self.tile_area(height, width) + 0.5).floor()
+        n = n.clamp(1, math.prod(self.grid_of(height, width)))
         return torch.arange(tiles.shape[1], device=tiles.device) < n.unsqueeze(1)
 
     def tile_tokens(
@@ -286,24 +287,25 @@ class SparseAttnNet(nn.Module):
         """
         return openness(scores, tiles, kept)
 
-    def n_chosen(self, n_tiles: int, k: float | None = None) -> int:
-        """Tiles chosen of an image that has `n_tiles`.
+    def n_chosen(self, height: int, width: int, k: float | None = None) -> int:
+        """Count the tiles chosen of an image.
 
         Parameters
         ----------
-        n_tiles : int
-            Tiles in all.
+        height, width : int
+            Of the image, in pixels.
         k : float, default=None
             Pixels to choose; None takes the network's own.
 
         Returns
         -------
         int
-            k divided by the pixels of a tile and rounded, half up, within [1, n_tiles].
+            k divided by `tile_area` and rounded, half up, at least 1 and at most all.
         """
         if k is None:
             k = self.k.item() if self.k_by_image is None else self.k_by_image.max().item()
-        return min(max(math.floor(k / self.tile**2 + 0.5), 1), n_tiles)
+        n_tiles = math.prod(self.grid_of(height, width))
+        return min(max(math.floor(k / self.tile_area(height, width) + 0.5), 1), n_tiles)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Count the rows and columns of tiles of an image.
@@ -320,6 +322,21 @@ class SparseAttnNet(nn.Module):
         """
         return -(-height // self.tile), -(-width // self.tile)
 
+    def tile_area(self, height: int, width: int) -> int:
+        """Count the pixels of a whole tile of an image.
+
+        Parameters
+        ----------
+        height, width : int
+            Of the image, in pixels.
+
+        Returns
+        -------
+        int
+            ``tile**2``, less where a side of the image is shorter than a tile.
+        """
+        return min(self.tile, height) * min(self.tile, width)
+
     def area_of(self, height: int, width: int) -> int:
         """Count the pixels of all tiles of an image, as if those at the border were whole.
 
@@ -333,7 +350,7 @@ class SparseAttnNet(nn.Module):
         int
             The k with which all tiles are chosen.
         """
-        return math.prod(self.grid_of(height, width)) * self.tile**2
+        return math.prod(self.grid_of(height, width)) * self.tile_area(height, width)
 
     def k_of(self, height: int, width: int) -> int:
         """Count the pixels chosen of an image.
@@ -348,8 +365,7 @@ class SparseAttnNet(nn.Module):
         int
             Those of the chosen tiles, as if each were whole; at most all.
         """
-        n_chosen = self.n_chosen(math.prod(self.grid_of(height, width)))
-        return min(n_chosen * self.tile**2, height * width)
+        return min(self.n_chosen(height, width) * self.tile_area(height, width), height * width)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw all weights anew, leaving k as it is.

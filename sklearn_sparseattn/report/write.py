@@ -172,7 +172,8 @@ def _scores(true: np.ndarray, predicted: np.ndarray, n_classes: int) -> dict[str
 def _model(estimator: Any, n_tiles: int) -> dict[str, Any]:
     """What the model is, how it was fitted, and with how many pixels it answered."""
     tile = estimator.network_.tile
-    k = min(n_tiles * tile**2, _n_pixels(estimator))  # not `k_`, where predict_k says otherwise
+    tile_area = estimator.network_.tile_area(*estimator.image_shape_[:2])
+    k = min(n_tiles * tile_area, _n_pixels(estimator))  # not `k_`, where predict_k says otherwise
     defaults = inspect.signature(type(estimator)).parameters
     texts = {name: _short(repr, value) for name, value in estimator.get_params(deep=False).items()}
     parameters = [(name, text, text != repr(defaults[name].default)) for name, text in texts.items()]

@@ -149,8 +149,10 @@ def k_defaults(params: Mapping[str, Any], network: SparseAttnNet, image_shape: I
     """
     height, width, _ = image_shape
     k_min = capped(params["k_min"], height * width)
+    if is_int(k_min):
+        k_min = max(k_min, network.tile_area(height, width))  # no k is below a tile
     return {
-        "k_min": max(k_min, network.tile**2) if is_int(k_min) else k_min,  # a tile at least: no k is below
+        "k_min": k_min,
         "k_max": capped(params["k_max"], height * width),
         "tolerance": params["k_tolerance"],
         "n_pixels": network.area_of(height, width),
@@ -200,11 +202,16 @@ def unique_labels(labels: Any, name: str) -> np.ndarray:
     Raises
     ------
     ValueError
-        If they are none.
+        If they are none, bytes, of several parts, or cannot be put in order.
     """
     if isinstance(labels, Set):
         labels = [*labels]
-    if np.asarray(labels).dtype.kind == "V":  # NumPy's records have an order, but no hash
+    dtype = np.asarray(labels).dtype
+    if dtype.kind == "S":  # which of scikit-learn's releases warns and which refuses would be theirs to say
+        raise ValueError(
+            f"{name} has labels of dtype {dtype}: bytes are not supported, give text: astype(str)."
+        )
+    if dtype.kind == "V":  # NumPy's records have an order, but no hash
         raise ValueError(f"{name} has labels of several parts: each must be one number or text.")
     try:
         with np.errstate(invalid="ignore"):  # whole floats beyond all integers

@@ -171,7 +171,7 @@ def test_hologram_shot_noise_grows_with_difficulty():
     def noise(difficulty):
         data = small(modality="hologram", image_size=128, difficulty=difficulty)
         corner = data.images[:, :16, :16].reshape(12, -1).T.astype(float)
-        return (corner - fringes @ np.linalg.lstsq(fringes, corner)[0]).std()
+        return (corner - fringes @ np.linalg.lstsq(fringes, corner, rcond=None)[0]).std()
 
     assert noise(1.0) > 2 * noise(0.0)
 

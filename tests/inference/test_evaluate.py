@@ -248,7 +248,7 @@ def test_attention_maps(case, dtype):
     network, images, expected = case
     height, width, _ = SHAPE
     assert network.grid_of(height, width) == (9, 6)
-    n = network.n_chosen(54)
+    n = network.n_chosen(height, width)
     maps = attention_maps(one_by_one(network, images), 10, SHAPE, 4, n, np.dtype(dtype))
     tolerance = {"rtol": 1e-6, "atol": 1e-7} if dtype == np.float32 else {"rtol": 0, "atol": 1e-9}
     assert set(maps) == {"coarse", "tiles", "chosen", "fine", "contribution"}
@@ -280,7 +280,7 @@ def test_attention_maps_of_pixels():
     network = make_network(SHAPE, 0.2, variant="paper")
     images = ImageRows(cells(SHAPE), SHAPE)
     expected = outputs(network, images)
-    n = network.n_chosen(34 * 21)
+    n = network.n_chosen(34, 21)
     maps = attention_maps(one_by_one(network, images), 10, SHAPE, 1, n, np.dtype(np.float64))
     np.testing.assert_allclose(maps["coarse"], expit(expected.scores), rtol=0, atol=1e-9)
     flat = maps["fine"].reshape(10, -1)

@@ -11,7 +11,8 @@ from sklearn_sparseattn.network import openness, pixel_tokens, select_pixels
 from sklearn_sparseattn.network.selection import LEAST, n_closing
 
 # Few different values, so that ties are the rule; both zeros, both infinities, subnormals.
-tied_values = st.sampled_from([-np.inf, -1.5, -1e-40, -0.0, 0.0, 1e-40, 1.0, 2.0, np.inf])
+SUBNORMAL = float(np.float32(1e-40))  # exact in both dtypes
+tied_values = st.sampled_from([-np.inf, -1.5, -SUBNORMAL, -0.0, 0.0, SUBNORMAL, 1.0, 2.0, np.inf])
 any_values = st.floats(allow_nan=False, width=32)
 score_maps = st.tuples(
     st.sampled_from([np.float32, np.float64]),

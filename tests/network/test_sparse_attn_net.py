@@ -165,7 +165,8 @@ class Reference:
     def __call__(self, image, k=None):
         scores, z_coarse, maps = self.coarse(image)
         k = self.w["k"] if k is None else k
-        n = int(np.clip(np.floor(k / self.tile**2 + 0.5), 1, scores.size))
+        area = min(self.tile, image.shape[1]) * min(self.tile, image.shape[2])
+        n = int(np.clip(np.floor(k / area + 0.5), 1, scores.size))
         tiles = np.argsort(-scores.ravel(), kind="stable")[:n]
         if self.of_tiles:
             tokens = self.tile_tokens(*maps, tiles, self.gates(scores, tiles))
@@ -266,7 +267,8 @@ def test_any_image_size_trains(n_channels, height, width, variant, size, n_featu
     output = net(torch.rand(3, n_channels, height, width))
     rows, columns = net.grid_of(height, width)
     assert (rows, columns) == (-(-height // net.tile), -(-width // net.tile))
-    n = min(max(round(70 / net.tile**2), 1), rows * columns)
+    area = min(net.tile, height) * min(net.tile, width)  # a tile is no larger than the image
+    n = min(max(round(70 / area), 1), rows * columns)
     assert output.logits.shape == (3, 2)
     assert output.features.shape == (3, n_features)
     assert output.scores.shape == (3, rows, columns)
@@ -548,15 +550,26 @@ def test_the_form_makes_the_same_network(variant):
 )
 def test_k_is_rounded_half_up_within_the_image(k, n_tiles, expected):
     net = make_net(k=k, variant="paper")
-    assert net.n_chosen(n_tiles) == expected
+    assert net.n_chosen(1, n_tiles) == expected
     assert net(random_images(1, 1, 1, n_tiles)).tiles.shape == (1, expected)
-    of_tiles = make_net(k=16 * k)
-    assert of_tiles.tile == 4
-    assert of_tiles.n_chosen(n_tiles) == expected
-    assert of_tiles(random_images(1, 1, 1, 4 * n_tiles)).tiles.shape == (1, expected)
-    # Another k may be asked about, that of the network stays.
-    assert of_tiles.n_chosen(n_tiles, 16 * 5) == min(5, n_tiles)
-    assert of_tiles.n_chosen(n_tiles) == expected
+    # A tile of an image with fewer than four rows has fewer pixels.
+    for height in (1, 2, 3, 4):
+        area = 4 * height
+        of_tiles = make_net(k=area * k)
+        assert of_tiles.tile == 4
+        for size in [(height, 4 * n_tiles), (4 * n_tiles, height)]:
+            assert of_tiles.tile_area(*size) == area
+            assert of_tiles.n_chosen(*size) == expected
+            assert of_tiles(random_images(1, 1, *size)).tiles.shape == (1, expected)
+            of_tiles.k_by_image = torch.tensor([area * k, area * 5.0])
+            kept = of_tiles.kept(torch.zeros(2, n_tiles, dtype=torch.int64), *size)
+            assert kept.sum(1).tolist() == [expected, min(5, n_tiles)]
+            of_tiles.k_by_image = None
+            # Another k may be asked about, that of the network stays.
+            assert of_tiles.n_chosen(*size, area * 5) == min(5, n_tiles)
+            assert of_tiles.n_chosen(*size) == expected
+            assert of_tiles.k_of(*size) == expected * area
+            assert of_tiles.area_of(*size) == n_tiles * area
 
 
 @settings(max_examples=50)
@@ -569,7 +582,7 @@ def test_k_is_rounded_half_up_within_the_image(k, n_tiles, expected):
 def test_chosen_tiles_are_within_the_image_and_nearest_to_k(k, height, width, strides):
     net = make_net(strides=strides)
     n_tiles = math.prod(net.grid_of(height, width))
-    n, area = net.n_chosen(n_tiles, k), net.tile**2
+    n, area = net.n_chosen(height, width, k), net.tile_area(height, width)
     assert 1 <= n <= n_tiles
     if 1 < n < n_tiles:
         assert abs(n * area - k) <= area / 2
@@ -604,7 +617,7 @@ def test_k_stays_exact_and_on_the_cpu(move):
     assert net.k.dtype == torch.float64
     assert net.k.device.type == "cpu"
     assert net.k.item() == 12345.678901
-    assert net.n_chosen(18225) == round(12345.678901 / 16)
+    assert net.n_chosen(540, 540) == round(12345.678901 / 16)
     assert net.state_dict()["k"] is not None
 
 
@@ -765,7 +778,7 @@ def test_no_images_are_no_trouble(variant, k):
     net = make_net(k=k, variant=variant).float()
     output = net(torch.zeros(0, 1, 20, 20))
     grid = net.grid_of(20, 20)
-    n = net.n_chosen(math.prod(grid))
+    n = net.n_chosen(20, 20)
     assert output.logits.shape == (0, 3)
     assert output.scores.shape == (0, *grid)
     assert output.tiles.shape == output.attention.shape == output.contribution.shape == (0, n)
