@@ -31,3 +31,8 @@ def load_benchmark(monkeypatch):
         monkeypatch.setitem(sys.modules, script.stem, None)
         monkeypatch.delitem(sys.modules, script.stem)
     return importlib.import_module
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests first: one that begins last leaves the other processes without work."""
+    items.sort(key=lambda item: "check_classifiers_train" not in item.name)

