@@ -34,7 +34,7 @@ class FusionClassifier(nn.Module):
     ) -> None:
         super().__init__()
         # With a larger eps than the default, no rounding error of a feature is magnified much.
-        self.norm = nn.BatchNorm1d(in_features, eps=1e-2) if normalize else None
+        self.norm = nn.BatchNorm1d(in_features, eps=2e-3) if normalize else None
         self.first = _layer(in_features, hidden_dim)
         self.residual = _layer(hidden_dim, hidden_dim)
         self.out = nn.Linear(hidden_dim, n_classes)

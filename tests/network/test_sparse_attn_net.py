@@ -157,7 +157,7 @@ class Reference:
             return np.maximum(self.norm(x @ self.w[f"{name}.0.weight"].T, f"{name}.1"), 0)
 
         if self.of_tiles:
-            x = self.norm(x, "fusion.norm", eps=1e-2)
+            x = self.norm(x, "fusion.norm", eps=2e-3)
         x = layer(x, "fusion.first")
         x = x + layer(x, "fusion.residual")
         return x @ self.w["fusion.out.weight"].T + self.w["fusion.out.bias"]
