@@ -53,7 +53,7 @@ $(OLDEST)/.installed: $(SOURCES) Makefile
 	  | grep -vE '^(mypy|ruff|setuptools|$(NOT_OLDEST))==' | sort -u >"$(OLDEST)/lowest.txt"
 	@grep -vE "^($$(sed 's/==.*//' "$(OLDEST)/lowest.txt" | paste -sd '|' -))==" constraints.txt >"$(OLDEST)/rest.txt"
 	@printf '%s\n' '$(OF_THEIR_TIME)' >>"$(OLDEST)/rest.txt"
-	"$(OLDEST)/bin/python" -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+	"$(OLDEST)/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_ARGS) \
 	  -c "$(OLDEST)/lowest.txt" -c "$(OLDEST)/rest.txt" -e '.[dev]'
 	@touch $@
 
